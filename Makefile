@@ -1,0 +1,41 @@
+# Two commands need nothing but git, make and python3 (3.11 or newer, with venv):
+#   make demo   trains a student on drawings, evaluates and exports it, in about ten minutes
+#   make test   runs the whole test suite
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+DATA ?= data/emoji_scenes
+
+.PHONY: demo test lint format clean
+
+# The stamp is renewed when the requirements change.
+$(VENV)/installed: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "uta-jax needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Installing into $(VENV), once (PyTorch, which checks the exports, is most of it) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[torch,dev]'
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/uta-jax data emoji_scenes --out=$(DATA)
+	$(BIN)/uta-jax train --config=configs/demo.py --workdir=$(RUN) \
+	  --config.data.path=$(DATA) --config.eval.path=$(DATA)
+	$(BIN)/uta-jax export --workdir=$(RUN) --format=hf --out=$(RUN)/exported --overwrite
+	$(BIN)/uta-jax evaluate --workdir=$(RUN) --exported=$(RUN)/exported --json=$(RUN)/evaluate.json
+	$(BIN)/uta-jax report --workdir=$(RUN)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) $(RUN) build *.egg-info

@@ -1,0 +1,24 @@
+"""Eight CPU devices and strict shapes for every test; small models and data that tests share."""
+
+import os
+
+# Before JAX starts: the sharding tests need more devices than a laptop has.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A small emoji_scenes data set: 256 scenes to train on, 128 to evaluate."""
+    from uta_jax.data import emoji_scenes
+
+    out = tmp_path_factory.mktemp("data") / "emoji_scenes"
+    emoji_scenes.build(out, train=256, val_single=128, val_scenes=32, processes=1, progress=False)
+    return out

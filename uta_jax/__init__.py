@@ -1,0 +1,20 @@
+"""uta-jax: Unmasked Token Alignment of vision transformers with a frozen CLIP teacher, in JAX/Flax.
+
+Importing the package imports neither JAX, PyTorch nor TensorFlow.
+
+Shape letters, used as suffixes of array names throughout (``target_bke`` is [b, k, e]):
+
+    b  batch                n  patch tokens (the whole grid)      k  kept patch tokens
+    d  student width        t  teacher width                      e  joint embedding
+    h w c  image            l  text length                        g  side of the patch grid
+    p  values of one patch (side * side * 3)
+"""
+
+__version__ = "0.1.0"
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: one line naming the key, the value and the fix.
+
+    The command line prints the line alone, without a traceback, and exits with code 2.
+    """

@@ -1,0 +1,286 @@
+"""The default configuration, and every check on one.
+
+A recipe is ``default_config()`` with values replaced (``configs/*.py``). ``check`` looks at values
+alone and costs nothing; ``make_recipe`` sees the teacher, the data set and the devices as well and
+refuses what does not fit together. Both run before anything is read, compiled or written.
+"""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from uta_jax import UserError, masking
+from uta_jax.data.sources import SOURCES
+from uta_jax.models import presets
+from uta_jax.models.presets import ClipSpec
+from uta_jax.models.vit import REMAT
+from uta_jax.objectives import OBJECTIVES, Task
+from uta_jax.optimizer import AdamW
+from uta_jax.step import Recipe
+
+
+def default_config() -> ConfigDict:
+    """Every key there is, with its unit. Locked: a key that is not here is an error."""
+    c = ConfigDict()
+    c.objective = "uta"  # a key of objectives.OBJECTIVES
+    c.seed = 0  # of the initial weights, the masks and the data order
+
+    c.student = ConfigDict()
+    c.student.preset = "uta_b16"  # a key of presets.VIT (contrastive: of presets.CLIP)
+    c.student.image_size = 0  # pixels; 0: the preset's own
+    c.student.dtype = "bfloat16"  # of matrix products; parameters are always float32
+    c.student.remat = "none"  # a key of vit.REMAT
+
+    c.teacher = ConfigDict()
+    c.teacher.path = ""  # checkpoint directory or file, or asset:NAME
+    c.teacher.image_size = 0  # pixels; 0: the size at which its grid is the student's
+    c.teacher.dtype = "bfloat16"  # of its weights and products
+
+    c.mask = ConfigDict()
+    c.mask.kind = "random"  # one of masking.KINDS
+    c.mask.ratio = 0.5  # share of the patches that is dropped, in [0, 1)
+    c.mask.min_block = 16  # patches; smallest rectangle of the block kinds
+
+    c.loss = ConfigDict()
+    c.loss.cls_weight = 1.0  # weight of the CLS token against 1 for each patch token
+
+    c.data = ConfigDict()
+    c.data.source = "tfds"  # a key of sources.SOURCES
+    c.data.path = ""  # directory
+    c.data.split = "train"
+    c.data.batch_size = 256  # global, over all devices
+    c.data.crop_scale = (0.2, 1.0)  # share of the image's area that a training crop covers
+    c.data.flip = True
+    c.data.threads = 2  # that decode, in this process
+
+    c.optim = ConfigDict()
+    c.optim.lr = 1.5e-3  # peak
+    c.optim.start_lr = 1e-6
+    c.optim.end_lr = 1e-5
+    c.optim.warmup_steps = 0
+    c.optim.warmup_epochs = 0.0  # used where warmup_steps is 0
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.98
+    c.optim.eps = 1e-6
+    c.optim.weight_decay = 0.05
+    c.optim.clip_norm = 3.0  # global gradient norm; 0: no clipping
+    c.optim.ema_decay = 0.0  # 0: keep no average of the weights
+
+    c.train = ConfigDict()
+    c.train.steps = 0
+    c.train.epochs = 0.0  # used where steps is 0
+    c.train.log_every = 10  # steps
+    c.train.eval_every = 0  # steps; 0: at the end only
+    c.train.save_every = 500  # steps; the last step is always saved
+    c.train.keep = 2  # newest checkpoints that are kept
+
+    c.eval = ConfigDict()
+    c.eval.source = "tfds"
+    c.eval.path = ""  # "": no zero-shot evaluation
+    c.eval.split = "val_single"
+    c.eval.batch_size = 256
+    c.eval.templates = ("a photo of a {}.",)
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # -1: what mesh.fsdp leaves
+    c.mesh.fsdp = 1
+    return c.lock()
+
+
+def _one_of(table) -> tuple:
+    return (lambda v: v in table), "one of " + ", ".join(table)
+
+
+def _between(low: float, high: float, text: str) -> tuple:
+    """``low <= v < high``; NaN fails every comparison."""
+    return (lambda v: low <= v < high), text
+
+
+_POSITIVE = (lambda v: 0 < v < math.inf), "a finite number > 0"
+_NOT_NEGATIVE = _between(0, math.inf, "a finite number >= 0")
+_COUNT = _between(1, 2**31, "an integer >= 1")
+_COUNT_OR_0 = _between(0, 2**31, "an integer >= 0")
+_DTYPE = _one_of(("float32", "bfloat16"))
+
+# Key -> (test, what is allowed).
+_RULES = {
+    "objective": _one_of(OBJECTIVES),
+    "seed": _COUNT_OR_0,
+    "student.preset": _one_of(presets.VIT),
+    "student.image_size": _COUNT_OR_0,
+    "student.dtype": _DTYPE,
+    "student.remat": _one_of(REMAT),
+    "teacher.image_size": _COUNT_OR_0,
+    "teacher.dtype": _DTYPE,
+    "mask.kind": _one_of(masking.KINDS),
+    "mask.ratio": _between(0, 1, "a share in [0, 1): 0 keeps every patch"),
+    "mask.min_block": _COUNT,
+    "loss.cls_weight": _NOT_NEGATIVE,
+    "data.source": _one_of(SOURCES),
+    "data.batch_size": _COUNT,
+    "data.threads": _COUNT,
+    "optim.lr": _POSITIVE,
+    "optim.start_lr": _NOT_NEGATIVE,
+    "optim.end_lr": _NOT_NEGATIVE,
+    "optim.warmup_steps": _COUNT_OR_0,
+    "optim.warmup_epochs": _NOT_NEGATIVE,
+    "optim.b1": _between(0, 1, "in [0, 1)"),
+    "optim.b2": _between(0, 1, "in [0, 1)"),
+    "optim.eps": _POSITIVE,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.clip_norm": _NOT_NEGATIVE,
+    "optim.ema_decay": _between(0, 1, "in [0, 1)"),
+    "train.steps": _COUNT_OR_0,
+    "train.epochs": _NOT_NEGATIVE,
+    "train.log_every": _COUNT,
+    "train.eval_every": _COUNT_OR_0,
+    "train.save_every": _COUNT,
+    "train.keep": _COUNT,
+    "eval.source": _one_of(SOURCES),
+    "eval.batch_size": _COUNT,
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raise UserError for the first value that is impossible on its own."""
+    for key, (test, allowed) in _RULES.items():
+        value = _value(config, key)
+        if not test(value):
+            raise UserError(f"config.{key}={value} is not allowed: it must be {allowed}")
+    if not config.train.steps and not config.train.epochs:
+        raise UserError("config.train.steps=0 trains nothing: set it, or config.train.epochs, > 0")
+    low, high = config.data.crop_scale
+    if not 0 < low <= high <= 1:
+        raise UserError(f"config.data.crop_scale={(low, high)} must satisfy 0 < low <= high <= 1")
+    if not config.data.path:
+        raise UserError("config.data.path is empty: name the directory of the training images")
+    if OBJECTIVES[config.objective].needs_teacher and not config.teacher.path:
+        raise UserError(
+            f"config.teacher.path is empty, but objective {config.objective!r} needs a teacher: "
+            "name a CLIP checkpoint, or asset:tiny_clip"
+        )
+    if any("{}" not in t for t in config.eval.templates):
+        raise UserError(f"config.eval.templates={config.eval.templates}: each needs a {{}}")
+
+
+def _value(config: ConfigDict, key: str):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def make_recipe(config: ConfigDict, teacher: ClipSpec | None, examples: int) -> Recipe:
+    """The static recipe of a run on the devices present.
+
+    ``teacher``: the specification of the checkpoint at ``config.teacher.path`` (its own input
+    size), or None; ``examples``: length of the training set. Raises UserError for what does not fit
+    together.
+    """
+    check(config)
+    if config.data.batch_size % jax.device_count():
+        raise UserError(
+            f"config.data.batch_size={config.data.batch_size} does not divide over the "
+            f"{jax.device_count()} devices: choose a multiple of {jax.device_count()}"
+        )
+    steps = config.train.steps or _steps(config.train.epochs, config, examples)
+    warmup = config.optim.warmup_steps or _steps(config.optim.warmup_epochs, config, examples)
+    if not 0 <= warmup < max(steps, 1):
+        raise UserError(
+            f"warm-up of {warmup} steps must be shorter than the run of {steps}: "
+            "lower config.optim.warmup_steps or raise config.train.steps"
+        )
+    o = config.optim
+    optim = AdamW(
+        o.lr, steps, warmup, o.start_lr, o.end_lr, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm
+    )
+    return Recipe(make_task(config, teacher), optim, o.ema_decay, config.seed)
+
+
+def _steps(epochs: float, config: ConfigDict, examples: int) -> int:
+    return round(epochs * examples / config.data.batch_size)
+
+
+def make_task(config: ConfigDict, teacher: ClipSpec | None) -> Task:
+    """The architecture and loss of a run; ``teacher`` as for ``make_recipe``."""
+    student = _student_spec(config, teacher)
+    text = None
+    if OBJECTIVES[config.objective].needs_text:
+        if config.student.preset not in presets.CLIP:
+            raise UserError(
+                f"config.student.preset={config.student.preset} has no text tower, which objective "
+                f"{config.objective!r} trains: choose one of {', '.join(presets.CLIP)}"
+            )
+        text = presets.CLIP[config.student.preset].text
+    if teacher:
+        teacher = replace(teacher, vision=_teacher_spec(config, student, teacher))
+    keep = masking.keep_count(student.tokens, config.mask.ratio)
+    if not keep:
+        raise UserError(
+            f"config.mask.ratio={config.mask.ratio} keeps 0 of {student.tokens} patches: lower it"
+        )
+    return Task(
+        objective=config.objective,
+        student=student,
+        mean=teacher.mean if teacher else presets.OPENAI_MEAN,
+        std=teacher.std if teacher else presets.OPENAI_STD,
+        text=text,
+        teacher=teacher,
+        mask=masking.Mask(config.mask.kind, keep, config.mask.min_block),
+        cls_weight=config.loss.cls_weight,
+        dtype=config.student.dtype,
+        teacher_dtype=config.teacher.dtype,
+        remat=config.student.remat,
+    )
+
+
+def _student_spec(config: ConfigDict, teacher: ClipSpec | None) -> presets.VitSpec:
+    """The student's preset at its input size, projecting into the teacher's space."""
+    spec = presets.VIT[config.student.preset]
+    spec = presets.resized(spec, config.student.image_size or spec.image_size)
+    if spec.image_size % spec.patch_size:
+        raise UserError(
+            f"config.student.image_size={spec.image_size} is not a multiple of the patch size "
+            f"{spec.patch_size}: choose {spec.grid * spec.patch_size} or "
+            f"{(spec.grid + 1) * spec.patch_size}"
+        )
+    return replace(spec, out_dim=teacher.vision.out_dim) if teacher else spec
+
+
+def _teacher_spec(config: ConfigDict, student, teacher: ClipSpec) -> presets.VitSpec:
+    """The teacher at the input size of the run, where its grid is the student's."""
+    patch = teacher.vision.patch_size
+    size = config.teacher.image_size or student.grid * patch
+    if size != student.grid * patch:
+        other = f"config.student.image_size={size // patch * student.patch_size}"
+        raise UserError(
+            f"config.teacher.image_size={size} gives the teacher a grid of {size / patch:g}, the "
+            f"student's is {student.grid}: use config.teacher.image_size={student.grid * patch}"
+            + (f" or {other}" if size % patch == 0 else "")
+        )
+    return presets.resized(teacher.vision, size)
+
+
+def save_config(config: ConfigDict, path: Path) -> None:
+    """Write the resolved configuration as JSON."""
+    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def load_config(path: Path) -> ConfigDict:
+    """Read what ``save_config`` wrote; keys that are unknown today are an error."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: not the workdir of a training run")
+    config = default_config()
+    with config.unlocked():
+        config.update(_tuples(json.loads(path.read_text())))
+    return config
+
+
+def _tuples(value):
+    """JSON has no tuples; the configuration has no lists."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,112 @@
+"""Zero-shot classification: images against the names of their classes.
+
+Protocol (Radford et al. 2021, section 3.1; jihaonew/UTA, imagenet_zeroshot_eval.py): every class
+name in every template, each text feature L2-normalised, averaged over the templates, normalised
+again; the image feature is CLS; the class with the highest cosine wins.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu.metrics import Average
+from jax import Array
+
+from uta_jax import UserError
+from uta_jax.data.loader import eval_batches
+from uta_jax.data.tokenizer import Tokenizer
+from uta_jax.data.transforms import to_input
+from uta_jax.models.presets import ClipSpec, TextSpec
+from uta_jax.models.text import TextTower
+from uta_jax.models.vit import Vit
+from uta_jax.objectives import normalize
+
+
+def prompts(class_names: Iterable[str], templates: Iterable[str]) -> list[str]:
+    """Every name in every template, the templates of one class adjacent."""
+    return [template.format(name) for name in class_names for template in templates]
+
+
+def class_weights(text_features_ce: Array, templates: int) -> Array:
+    """Features of ``prompts`` [classes * templates, e] -> unit class weights [classes, e], fp32."""
+    unit = normalize(text_features_ce).reshape(-1, templates, text_features_ce.shape[-1])
+    return normalize(unit.mean(axis=1))
+
+
+def encode_text(params: dict, spec: TextSpec, ids_bl: np.ndarray) -> Array:
+    """Text features [b, e] in fp32, not normalised. ``params``: the text tower's."""
+    return jax.jit(TextTower(spec).apply)({"params": params}, jnp.asarray(ids_bl))
+
+
+def image_encoder(spec: ClipSpec, dtype: str = "float32") -> Callable[[dict, Array], Array]:
+    """A jitted (vision params, uint8 [b, h, w, 3]) -> CLS features [b, e], not normalised."""
+    vit = Vit(spec.vision, jnp.dtype(dtype))
+
+    @jax.jit
+    def encode(params: dict, image_bhwc: Array) -> Array:
+        image = to_input(image_bhwc, spec.mean, spec.std, spec.vision.image_size, jnp.dtype(dtype))
+        tokens_bnd = vit.apply({"params": params}, image, method="encode")
+        return vit.apply({"params": params}, tokens_bnd[:, 0], method="project")
+
+    return encode
+
+
+@jax.jit
+def _correct(features_be: Array, weights_ce: Array, label_b: Array) -> tuple[Array, Array]:
+    """Whether the right class is first, and among the first five."""
+    logits_bc = normalize(features_be) @ weights_ce.T
+    _, best_bk = jax.lax.top_k(logits_bc, min(5, logits_bc.shape[1]))
+    hit_bk = best_bk == label_b[:, None]
+    return hit_bk[:, 0], hit_bk.any(axis=1)
+
+
+def accuracy(weights_ce: Array, scored: Iterable[tuple[Array, dict]]) -> dict[str, float]:
+    """Top-1, top-5 (shares) and n over pairs of features [b, e] and their batch (label, valid).
+
+    Sums and counts are merged exactly, so the padding of the last batch weighs nothing.
+    """
+    top1, top5 = Average.empty(), Average.empty()
+    for features_be, batch in scored:
+        first, five = _correct(features_be, weights_ce, batch["label"])
+        top1 = top1.merge(Average.from_model_output(first, batch["valid"]))
+        top5 = top5.merge(Average.from_model_output(five, batch["valid"]))
+    return {"top1": float(top1.compute()), "top5": float(top5.compute()), "n": int(top1.count)}
+
+
+class ZeroShot:
+    """Zero-shot classification of a labelled source, with a fixed protocol, for any CLIP.
+
+    Called with a specification and parameters ``{"vision", "text"}`` it gives the figures of
+    ``accuracy``.
+    """
+
+    def __init__(self, source, templates: Sequence[str], batch_size: int, sharding=None):
+        if not source.class_names:
+            raise UserError("zero-shot evaluation needs class names: the data set has no labels")
+        self._source, self._sharding = source, sharding
+        self._templates, self._batch_size = templates, batch_size
+        self._encoders = {}
+
+    def __call__(self, spec: ClipSpec, params: dict) -> dict[str, float]:
+        encode = self._encoders.setdefault(spec.vision, image_encoder(spec))
+        features = encode_text(params["text"], spec.text, self.prompt_ids(spec.text.context))
+        scored = ((encode(params["vision"], b["image"]), b) for b in self.batches(spec))
+        return self.score(features, scored)
+
+    def score(self, text_features: Array, scored: Iterable[tuple[Array, dict]]) -> dict[str, float]:
+        """``accuracy`` from the features of ``prompt_ids``, by whatever model they were made."""
+        return accuracy(class_weights(text_features, len(self._templates)), scored)
+
+    def batches(self, spec: ClipSpec) -> Iterator[dict]:
+        """The evaluation images at the input size of ``spec``."""
+        return eval_batches(
+            self._source,
+            batch_size=self._batch_size,
+            image_size=spec.vision.image_size,
+            sharding=self._sharding,
+        )
+
+    def prompt_ids(self, context: int) -> np.ndarray:
+        """Token ids [classes * templates, context] of all prompts."""
+        return Tokenizer(context)(prompts(self._source.class_names, self._templates))

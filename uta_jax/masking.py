@@ -1,0 +1,86 @@
+"""Which patches the student sees: ``sample`` -> sorted indices of exactly k kept patches per image.
+
+``random``          every k-subset equally likely.
+``block``           BEiT's rectangles are *dropped* (Bao et al. 2021; baaivision/EVA,
+                    masking_generator.py).
+``reversed_block``  the same rectangles are *kept*. UTA names a reversed block-wise mask and
+                    publishes no algorithm: this reading is ours.
+
+The rectangles of BEiT stop when ten tries in a row fail, which leaves the count short in about a
+third of the draws. A compiled step needs it exact, so the rest is topped up with the cells that
+touch the rectangles on most sides, ties broken at random; drawn rectangles are never trimmed, since
+one that would overshoot is refused.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+KINDS = ("random", "block", "reversed_block")
+
+_TRIES = 10  # consecutive failures after which no further rectangle is sought
+_ROUNDS = 100  # tries in all: more than any grid in use needs (16 x 16, half masked: about 15)
+_LOG_ASPECT = math.log(1 / 0.3)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """How patches are chosen; static in a compiled step."""
+
+    kind: str = "random"  # one of KINDS
+    keep: int = 1  # patches kept of each image
+    min_block: int = 16  # smallest area, in patches, that a rectangle is drawn with
+
+
+def keep_count(tokens: int, ratio: float) -> int:
+    """Patches kept of ``tokens`` when the share ``ratio`` is dropped."""
+    return round(tokens * (1.0 - ratio))
+
+
+def sample(rng: Array, batch: int, grid: int, mask: Mask) -> Array:
+    """Draw ``keep_bk``: int32 [b, mask.keep], sorted, distinct, within [0, grid * grid)."""
+    if mask.kind == "random":
+        score_bn = jax.random.uniform(rng, (batch, grid * grid))
+    else:
+        area = mask.keep if mask.kind == "reversed_block" else grid * grid - mask.keep
+        draw = jax.vmap(lambda key: _block_score(key, grid, area, mask.min_block))
+        score_bn = draw(jax.random.split(rng, batch)).reshape(batch, grid * grid)
+        score_bn = -score_bn if mask.kind == "block" else score_bn
+    _, keep_bk = jax.lax.top_k(score_bn, mask.keep)
+    return jnp.sort(keep_bk.astype(jnp.int32), axis=-1)
+
+
+def _block_score(key: Array, grid: int, area: int, min_block: int) -> Array:
+    """[grid, grid] scores; the ``area`` highest are BEiT rectangles, topped up at their edges."""
+    key, tie = jax.random.split(key)
+    covered, _ = jax.lax.fori_loop(
+        0,
+        _ROUNDS,
+        lambda i, carry: _try_rectangle(jax.random.fold_in(key, i), *carry, area, min_block),
+        (jnp.zeros((grid, grid), bool), jnp.int32(0)),
+    )
+    padded = jnp.pad(covered.astype(jnp.float32), 1)
+    sides = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
+    # Covered cells (at least 5) first, then by covered neighbours (0 to 4), then at random (< 1).
+    return 5.0 * covered + sides + jax.random.uniform(tie, (grid, grid))
+
+
+def _try_rectangle(key, covered, failures, area, min_block):
+    """Cover one more rectangle if it adds between 1 and the missing number of cells."""
+    grid = covered.shape[0]
+    u_area, u_aspect, u_top, u_left = jax.random.uniform(key, (4,))
+    missing = area - covered.sum()
+    size = min_block + u_area * (missing - min_block)
+    aspect = jnp.exp((2 * u_aspect - 1) * _LOG_ASPECT)
+    height, width = jnp.round(jnp.sqrt(size * aspect)), jnp.round(jnp.sqrt(size / aspect))
+    top, left = jnp.floor(u_top * (grid - height + 1)), jnp.floor(u_left * (grid - width + 1))
+    cell = jnp.arange(grid, dtype=jnp.float32)
+    rows, columns = (cell >= top) & (cell < top + height), (cell >= left) & (cell < left + width)
+    grown = covered | (rows[:, None] & columns[None, :])
+    gain = grown.sum() - covered.sum()
+    fits = (height < grid) & (width < grid) & (gain > 0) & (gain <= missing) & (failures < _TRIES)
+    # Once ten tries have failed, ``fits`` stays false and the count only grows.
+    return jnp.where(fits, grown, covered), jnp.where(fits, 0, failures + 1)

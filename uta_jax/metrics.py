@@ -1,0 +1,83 @@
+"""Where numbers go: ``metrics.jsonl`` (the truth), TensorBoard, and the progress bar."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Writer:
+    """Appends one JSON object a call to ``metrics.jsonl`` and mirrors it to TensorBoard.
+
+    What a resumed run is about to compute again is cut from the file first, so that each step
+    stands in it once. TensorBoard is told the same by its own ``purge_step``.
+    """
+
+    def __init__(self, workdir: Path, start_step: int):
+        path = Path(workdir) / "metrics.jsonl"
+        kept = [row for row in read(path) if row["step"] <= start_step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Record ``values`` as those of update ``step`` (1-based)."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a ``metrics.jsonl``, [] if there is none, without a half-written last one."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Meter:
+    """Mean of each metric, images per second and wait for data over the steps since ``read``."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums, self._steps, self._wait, self._since = {}, 0, 0.0, time.perf_counter()
+
+    def add(self, values: dict[str, float], data_wait_s: float) -> None:
+        """Count one step."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._steps += 1
+        self._wait += data_wait_s
+
+    def pause(self, seconds: float) -> None:
+        """Leave ``seconds`` spent on something else (evaluation, saving) out of the rate."""
+        self._since += seconds
+
+    def read(self) -> dict[str, float]:
+        """Means over the steps since the last call; ``images_per_s``, ``data_wait_ms`` a step."""
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        values = {name: total / self._steps for name, total in self._sums.items()}
+        values["images_per_s"] = self._steps * self._batch_size / seconds
+        values["data_wait_ms"] = 1000 * self._wait / self._steps
+        self._reset()
+        return values
+
+
+def progress_bar(total: int, done: int) -> tqdm:
+    """Bar over updates with rate and ETA; a line every 20 seconds where there is no terminal."""
+    interval = 0.2 if sys.stderr.isatty() else 20
+    return tqdm(total=total, initial=done, unit="step", mininterval=interval, desc="train")

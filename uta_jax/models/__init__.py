@@ -1,0 +1,1 @@
+"""Model architectures: the only folder that imports flax.linen."""

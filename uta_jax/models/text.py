@@ -1,0 +1,35 @@
+"""The CLIP text tower (Radford et al. 2021; openai/CLIP, clip/model.py)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from uta_jax.models.heads import TokenHead
+from uta_jax.models.presets import TextSpec
+from uta_jax.models.vit import block_stack
+
+
+class TextTower(nn.Module):
+    """Causal transformer, pooled at the end-of-text token, which has the highest id."""
+
+    spec: TextSpec
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids_bl: Array) -> Array:
+        """int32 token ids [b, l], l = spec.context -> features [b, e], not normalised."""
+        spec = self.spec
+        embed = nn.Embed(
+            spec.vocab, spec.width, embedding_init=nn.initializers.normal(0.02), name="token_embed"
+        )
+        pos = self.param("pos_embed", nn.initializers.normal(0.01), (spec.context, spec.width))
+        x_bld = (embed(ids_bl) + pos[None]).astype(self.dtype)
+        x_bld, _ = block_stack(spec, self.dtype, causal=True)(x_bld, None)
+        end_b = jnp.argmax(ids_bl, axis=-1)
+        x_bd = jnp.take_along_axis(x_bld, end_b[:, None, None], axis=1, mode="clip")[:, 0]
+        return TokenHead(spec.out_dim, spec.ln_eps, False, self.dtype, name="head")(x_bd)
+
+
+def init_text(spec: TextSpec, key: Array) -> dict:
+    """Fresh fp32 parameters."""
+    return TextTower(spec).init(key, jnp.zeros((1, spec.context), jnp.int32))["params"]

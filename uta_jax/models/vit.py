@@ -1,0 +1,238 @@
+"""One vision transformer for CLIP, EVA and UTA, on any subset of its patch tokens.
+
+A dropped patch costs nothing: its pixels are left behind before the patch embedding, and positions,
+learned and rotary, are looked up for the kept patches only.
+"""
+
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from uta_jax import mesh
+from uta_jax.models.heads import TokenHead, dense, layer_norm
+from uta_jax.models.presets import TextSpec, VitSpec
+
+ACTIVATIONS = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI CLIP
+}
+
+# What the backward pass keeps of each block: everything, the two branch outputs, or nothing.
+REMAT = {
+    "none": None,
+    "names": jax.checkpoint_policies.save_only_these_names("attn_out", "mlp_out"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def patchify(image_bhwc: Array, patch_size: int) -> Array:
+    """[b, h, w, c] -> [b, n, p]: row-major patches, each flattened as (row, column, channel)."""
+    b, h, w, c = image_bhwc.shape
+    gh, gw = h // patch_size, w // patch_size
+    x = image_bhwc.reshape(b, gh, patch_size, gw, patch_size, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, gh * gw, patch_size * patch_size * c)
+
+
+def gather_tokens(x_bnd: Array, keep_bk: Array) -> Array:
+    """Rows ``keep_bk`` (int, within range) of each example: [b, n, d] -> [b, k, d].
+
+    ``mode="clip"``: indices are in range by construction, and the default fill mode costs far more.
+    """
+    return jnp.take_along_axis(x_bnd, keep_bk[:, :, None], axis=1, mode="clip")
+
+
+def rope_table(spec: VitSpec) -> tuple[Array, Array]:
+    """Cosine and sine [1 + n, head_dim] of the 2-D rotary positions, CLS first and unrotated.
+
+    Frequencies theta^(-2i/m) with m = head_dim / 2, each standing for a pair of channels; the first
+    half of the channels turns with the row, the second with the column; position j of a grid g is
+    j / g * rope_grid (jihaonew/UTA, eva_vit_model/rope.py, VisionRotaryEmbeddingFast).
+    """
+    half = spec.width // spec.heads // 2
+    freq = spec.rope_theta ** (-jnp.arange(0, half, 2, dtype=jnp.float32) / half)
+    place = jnp.arange(spec.grid, dtype=jnp.float32) / spec.grid * spec.rope_grid
+    angle_gf = jnp.repeat(jnp.outer(place, freq), 2, axis=-1)
+    shape = (spec.grid, spec.grid, half)
+    rows, columns = angle_gf[:, None, :], angle_gf[None, :, :]
+    angle = jnp.concatenate([jnp.broadcast_to(a, shape) for a in (rows, columns)], axis=-1)
+    angle = jnp.pad(angle.reshape(spec.tokens, 2 * half), ((1, 0), (0, 0)))
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_bnhd: Array, rope: tuple[Array, Array]) -> Array:
+    """Turn interleaved channel pairs of [b, n, heads, head_dim] by [b or 1, n, 1, head_dim]."""
+    cos, sin = rope
+    even, odd = x_bnhd[..., ::2], x_bnhd[..., 1::2]
+    turned = jnp.stack([-odd, even], axis=-1).reshape(x_bnhd.shape)
+    return (x_bnhd * cos + turned * sin).astype(x_bnhd.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; q, k and v are separate maps with their heads kept apart."""
+
+    spec: VitSpec | TextSpec
+    dtype: jnp.dtype
+    gain: float
+    causal: bool
+
+    @nn.compact
+    def __call__(self, x_bnd: Array, rope: tuple[Array, Array] | None) -> Array:
+        heads, width = self.spec.heads, self.spec.width
+        qkv = [
+            dense(
+                (heads, width // heads),
+                use_bias=name in self.spec.qkv_bias,
+                gain=self.gain if name == "v" else 1.0,
+                dtype=self.dtype,
+                name=name,
+            )(x_bnd)
+            for name in "qkv"
+        ]
+        q, k, v = qkv if rope is None else (rotate(qkv[0], rope), rotate(qkv[1], rope), qkv[2])
+        x_bnhd = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        return dense(width, axis=(-2, -1), gain=self.gain, dtype=self.dtype, name="proj")(x_bnhd)
+
+
+class Mlp(nn.Module):
+    """Two-layer perceptron or SwiGLU; optional norm over the hidden layer (EVA-02's sub-LN)."""
+
+    spec: VitSpec | TextSpec
+    dtype: jnp.dtype
+    gain: float
+
+    @nn.compact
+    def __call__(self, x_bnd: Array) -> Array:
+        linear = partial(dense, gain=self.gain, dtype=self.dtype)
+        hidden = linear(self.spec.mlp_hidden, name="up")(x_bnd)
+        if self.spec.act == "swiglu":
+            hidden = nn.silu(linear(self.spec.mlp_hidden, name="gate")(x_bnd)) * hidden
+        else:
+            hidden = ACTIVATIONS[self.spec.act](hidden)
+        if self.spec.mlp_norm:
+            hidden = layer_norm(self.spec.ln_eps, self.dtype, "norm")(hidden)
+        return linear(self.spec.width, name="down")(hidden)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, in the (carry, output) form that ``nn.scan`` takes."""
+
+    spec: VitSpec | TextSpec
+    dtype: jnp.dtype
+    causal: bool = False
+
+    @nn.compact
+    def __call__(self, x_bnd: Array, rope: tuple[Array, Array] | None) -> tuple[Array, None]:
+        spec, dtype = self.spec, self.dtype
+        # Sub-LN undoes the scale of what enters it; the published init makes up for it.
+        gain = math.sqrt(math.log(2 * spec.depth)) if spec.mlp_norm else 1.0
+        y = layer_norm(spec.ln_eps, dtype, "norm1")(x_bnd)
+        y = Attention(spec, dtype, gain, self.causal, name="attn")(y, rope)
+        x_bnd = x_bnd + checkpoint_name(y, "attn_out")
+        y = layer_norm(spec.ln_eps, dtype, "norm2")(x_bnd)
+        y = Mlp(spec, dtype, gain, name="mlp")(y)
+        return x_bnd + checkpoint_name(y, "mlp_out"), None
+
+
+def block_stack(spec: VitSpec | TextSpec, dtype, remat: str = "none", causal: bool = False):
+    """``spec.depth`` blocks as one scanned module: parameters stack on a leading depth axis."""
+    block = Block
+    if REMAT[remat] is not None:
+        block = nn.remat(Block, policy=REMAT[remat], prevent_cse=False)
+    stack = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=spec.depth,
+    )
+    return stack(spec, dtype, causal, name="blocks")
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of flattened patches: a convolution whose stride is its size."""
+
+    spec: VitSpec
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, patches_bnp: Array) -> Array:
+        width, size = self.spec.width, 3 * self.spec.patch_size**2
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (size, width))
+        x_bnd = patches_bnp.astype(self.dtype) @ mesh.gather(kernel.astype(self.dtype))
+        if self.spec.patch_bias:
+            bias = self.param("bias", nn.initializers.zeros, (width,))
+            x_bnd = x_bnd + bias.astype(self.dtype)[None, None]
+        return x_bnd
+
+
+class Vit(nn.Module):
+    """Vision transformer over CLS and all, or only the kept, patches.
+
+    ``spec`` says the architecture, ``dtype`` the precision of the matrix products (parameters,
+    LayerNorm statistics and softmax stay fp32), ``remat`` a key of ``REMAT``.
+    """
+
+    spec: VitSpec
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+
+    def setup(self):
+        spec = self.spec
+        token_init = nn.initializers.truncated_normal(0.02)
+        self.patch_embed = PatchEmbed(spec, self.dtype)
+        self.cls_token = self.param("cls_token", token_init, (spec.width,))
+        self.pos_embed = self.param("pos_embed", token_init, (1 + spec.tokens, spec.width))
+        if spec.embed_norm:
+            self.embed_norm = layer_norm(spec.ln_eps, self.dtype)
+        self.blocks = block_stack(spec, self.dtype, self.remat)
+        self.head = TokenHead(spec.out_dim, spec.ln_eps, spec.head_bias, self.dtype)
+
+    def __call__(self, image_bhwc: Array, keep_bk: Array | None = None) -> Array:
+        """Normalised float images [b, h, w, 3] -> projected tokens [b, 1 + k, e], CLS first.
+
+        ``keep_bk``: int32 indices of the patches to run on, row-major, 0-based; None keeps all.
+        """
+        return self.project(self.encode(image_bhwc, keep_bk))
+
+    def encode(self, image_bhwc: Array, keep_bk: Array | None = None) -> Array:
+        """The tokens [b, 1 + k, d] before the final norm."""
+        x_bkd, rope = self._embed(image_bhwc, keep_bk)
+        if self.spec.embed_norm:
+            x_bkd = self.embed_norm(x_bkd)
+        x_bkd, _ = self.blocks(x_bkd, rope)
+        return x_bkd
+
+    def project(self, tokens_bkd: Array) -> Array:
+        """Final norm and projection of any tokens: [b, k, d] -> [b, k, e]."""
+        return self.head(tokens_bkd)
+
+    def _embed(self, image_bhwc, keep_bk):
+        patches_bnp = patchify(image_bhwc, self.spec.patch_size)
+        place_bk = jnp.arange(self.spec.tokens)[None] if keep_bk is None else keep_bk
+        if keep_bk is not None:
+            patches_bnp = gather_tokens(patches_bnp, keep_bk)
+        # Row 0 of every table belongs to CLS.
+        place_bk = jnp.pad(place_bk + 1, ((0, 0), (1, 0)))
+        cls_b1d = jnp.broadcast_to(
+            self.cls_token.astype(self.dtype), (image_bhwc.shape[0], 1, self.spec.width)
+        )
+        x_bkd = jnp.concatenate([cls_b1d, self.patch_embed(patches_bnp)], axis=1)
+        x_bkd = x_bkd + _rows(self.pos_embed, place_bk).astype(self.dtype)
+        if not self.spec.rope_theta:
+            return x_bkd, None
+        return x_bkd, tuple(_rows(t, place_bk)[:, :, None] for t in rope_table(self.spec))
+
+
+def _rows(table_nd: Array, place_bk: Array) -> Array:
+    return jnp.take(table_nd, place_bk, axis=0, mode="clip")
+
+
+def init_vit(spec: VitSpec, key: Array) -> dict:
+    """Fresh fp32 parameters (maps: ``heads.dense``; tokens, positions truncated normal 0.02)."""
+    image = jnp.zeros((1, spec.image_size, spec.image_size, 3), jnp.float32)
+    return Vit(spec).init(key, image)["params"]

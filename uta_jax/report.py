@@ -1,0 +1,150 @@
+"""A run's folder as pictures and one summary: ``samples.png``, ``curves.png``, ``summary.json``."""
+
+import json
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+
+from uta_jax import metrics
+from uta_jax.checkpoint import SavedRun, load_run
+from uta_jax.data.loader import TrainLoader
+from uta_jax.data.sources import open_source
+from uta_jax.evals import evaluate
+from uta_jax.masking import sample
+from uta_jax.objectives import cosine, student_input, teacher_tokens
+
+matplotlib.use("Agg")  # files only: no display is needed
+
+_COLUMNS = 8  # crops in samples.png
+
+
+def report(workdir: str | Path) -> dict:
+    """Write the pictures and ``summary.json`` of a run; prints the summary as a table.
+
+    Uses the figures of ``evaluate`` where it ran on this step, and runs it where it did not.
+    """
+    workdir = Path(workdir)
+    run = load_run(workdir)
+    figures = _figures(workdir, run.meta["step"])
+    rows = metrics.read(workdir / "metrics.jsonl")
+    draw_curves(rows, figures, workdir / "curves.png")
+    if run.teacher:
+        draw_samples(run, workdir / "samples.png")
+    summary = summarize(rows, figures, run.config.data.batch_size)
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for name, value in summary.items():
+        print(f"{name:15} {value:.4g}" if isinstance(value, float) else f"{name:15} {value}")
+    return summary
+
+
+def _figures(workdir: Path, step: int) -> dict:
+    path = workdir / "evaluate.json"
+    if path.exists() and (found := json.loads(path.read_text()))["step"] == step:
+        return found
+    return evaluate(workdir)
+
+
+def summarize(rows: list[dict], figures: dict, batch_size: int) -> dict:
+    """The figures of a run that one would quote; accuracies are shares, times seconds."""
+    timed = [row for row in rows if "images_per_s" in row]
+    steps = np.diff([0] + [row["step"] for row in timed])
+    seconds = steps * batch_size / np.array([row["images_per_s"] for row in timed])
+    summary = {
+        f"{name}_top1": figures[name]["top1"]
+        for name in ("teacher", "student", "exported")
+        if name in figures
+    }
+    return summary | {
+        "chance": figures["chance"],
+        "images_per_s": float(steps.sum() * batch_size / seconds.sum()),
+        "train_seconds": float(seconds.sum()),
+        "export_dir": figures.get("export_dir", ""),
+    }
+
+
+def draw_curves(rows: list[dict], figures: dict, path: Path) -> None:
+    """Loss, cosines, accuracy against the teacher's, gradient norm and speed over the steps."""
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "loss": ["loss"],
+        "cosine with the teacher": ["cos_cls", "cos_patch"],
+        "zero-shot top-1": ["zeroshot/top1"],
+        "gradient norm": ["grad_norm"],
+        "images per second": ["images_per_s"],
+        "learning rate": ["lr"],
+    }
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained")
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points, strict=True) if points else ([], []), label=name, marker=".")
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    if "teacher" in figures:
+        axes[0, 2].axhline(figures["teacher"]["top1"], color="black", ls="--", label="teacher")
+    axes[0, 1].legend()
+    axes[0, 2].legend()
+    axes[0, 2].set_ylim(0, 1)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_samples(run: SavedRun, path: Path) -> None:
+    """Training crops, what the student saw of them, its agreement with the teacher by patch."""
+    import matplotlib.pyplot as plt
+
+    image_bhwc = _training_crops(run)
+    keep_bk = np.asarray(_masks(run, len(image_bhwc)))
+    agreement_bgg = _agreement(run, image_bhwc)
+    size = run.task.student.patch_size
+    shown_bn = np.zeros((len(image_bhwc), run.task.student.tokens), bool)
+    np.put_along_axis(shown_bn, keep_bk, True, axis=1)
+    shown_bgg = shown_bn.reshape(agreement_bgg.shape)
+    seen = np.kron(shown_bgg, np.ones((1, size, size), bool))[..., None]
+    titles = ("training crop", "what the student saw", "cosine with the teacher, all patches")
+    masked = np.where(seen, image_bhwc, np.uint8(128))
+    figure, axes = plt.subplots(3, _COLUMNS, figsize=(1.7 * _COLUMNS, 5.6), layout="constrained")
+    for row, (title, pictures) in enumerate(
+        zip(titles, (image_bhwc, masked, agreement_bgg), strict=True)
+    ):
+        for axis, picture in zip(axes[row], pictures, strict=True):
+            drawn = axis.imshow(picture, vmin=0, vmax=1, cmap="viridis")
+            axis.set(xticks=[], yticks=[])
+        axes[row, 0].set_title(title, loc="left", fontsize=10)
+    figure.colorbar(drawn, ax=axes[2], shrink=0.9)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _training_crops(run: SavedRun) -> np.ndarray:
+    """The first images of the run's first batch, uint8 [b, h, w, 3]."""
+    data = run.config.data
+    loader = TrainLoader(
+        open_source(data.source, data.path, data.split),
+        batch_size=_COLUMNS,
+        seed=run.config.seed,
+        image_size=run.task.student.image_size,
+        crop_scale=data.crop_scale,
+        flip=data.flip,
+    )
+    batch = next(loader)
+    loader.close()
+    return batch["image"]
+
+
+def _masks(run: SavedRun, batch: int) -> jax.Array:
+    key = jax.random.key(run.config.seed)
+    return sample(key, batch, run.task.student.grid, run.task.mask)
+
+
+def _agreement(run: SavedRun, image_bhwc: np.ndarray) -> np.ndarray:
+    """Cosine of student and teacher at every patch, both seeing the whole image: [b, g, g]."""
+    spec = run.task.student
+    all_bn = np.broadcast_to(np.arange(spec.tokens, dtype=np.int32), (len(image_bhwc), spec.tokens))
+    params = {"params": run.student["vision"]}
+    student = run.task.vit().apply(params, student_input(image_bhwc, run.task))
+    teacher = teacher_tokens(run.teacher.params, image_bhwc, jax.numpy.asarray(all_bn), run.task)
+    return np.asarray(cosine(student, teacher))[:, 1:].reshape(-1, spec.grid, spec.grid)

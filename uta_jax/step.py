@@ -1,0 +1,112 @@
+"""One update. Read this file first.
+
+``train_step`` is the whole method: draw a mask, run teacher and student, take the gradient of the
+objective, update. Everything around it (``train.py``) only feeds it and watches.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from uta_jax import mesh as meshes
+from uta_jax.objectives import OBJECTIVES, Task
+from uta_jax.optimizer import AdamW, make_optimizer, schedule, update_ema
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that an update changes. The teacher is not among it."""
+
+    step: Array  # int32 scalar: updates done
+    params: dict  # fp32
+    opt_state: optax.OptState
+    ema: dict  # fp32, like params; {} where no average is kept
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The static half of a step: what to minimise and how. Hashable: it can key a compilation."""
+
+    task: Task
+    optim: AdamW
+    ema_decay: float = 0.0  # 0: keep no average
+    seed: int = 0
+
+
+def train_step(
+    state: TrainState, frozen: dict, batch: dict, *, recipe: Recipe
+) -> tuple[TrainState, dict[str, Array]]:
+    """Pure: the next state and the fp32 scalar metrics of this update.
+
+    ``batch``: global arrays, ``image`` uint8 [b, h, w, 3] and what else the objective reads.
+    Randomness comes from (seed, step) alone, so a resumed run draws what the uninterrupted one
+    would have drawn.
+    """
+    rng = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+    objective = OBJECTIVES[recipe.task.objective].loss
+    (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(
+        state.params, frozen, batch, rng, recipe.task
+    )
+    updates, opt_state = make_optimizer(recipe.optim).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = update_ema(state.ema, params, recipe.ema_decay) if recipe.ema_decay else state.ema
+    metrics |= {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(params),
+        "lr": schedule(recipe.optim)(state.step),
+    }
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def init_state(recipe: Recipe, mesh: Mesh) -> TrainState:
+    """A fresh state, created in its final layout: no device ever holds a whole copy.
+
+    The shardings are given explicitly: left to itself, ``jit`` replicates the optimizer's moments.
+    """
+    return jax.jit(partial(_fresh_state, recipe), out_shardings=state_shardings(recipe, mesh))()
+
+
+def state_shapes(recipe: Recipe) -> TrainState:
+    """The state as ShapeDtypeStructs; computes nothing."""
+    return jax.eval_shape(partial(_fresh_state, recipe))
+
+
+def state_shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
+    """The state's layout on ``mesh``."""
+    shapes = state_shapes(recipe)
+    layout = meshes.shardings(mesh, shapes.replace(step={}))
+    return layout.replace(step=meshes.replicated(mesh))
+
+
+def param_shapes(task: Task) -> dict:
+    """The parameters that ``task`` trains, as ShapeDtypeStructs."""
+    init = OBJECTIVES[task.objective].init
+    return jax.eval_shape(lambda: init(jax.random.key(0), task))
+
+
+def _fresh_state(recipe: Recipe) -> TrainState:
+    key = jax.random.fold_in(jax.random.key(recipe.seed), 2**32 - 1)  # no step has this number
+    params = OBJECTIVES[recipe.task.objective].init(key, recipe.task)
+    ema = params if recipe.ema_decay else {}
+    return TrainState(jnp.int32(0), params, make_optimizer(recipe.optim).init(params), ema)
+
+
+def compile_step(recipe: Recipe, mesh: Mesh, frozen: dict):
+    """``train_step`` jitted for ``mesh``: (state, frozen, batch) -> (state, metrics).
+
+    ``state`` is donated: its buffers become those of the next one.
+    """
+    state = state_shardings(recipe, mesh)
+    return jax.jit(
+        partial(train_step, recipe=recipe),
+        in_shardings=(state, meshes.shardings(mesh, frozen), meshes.batch_sharding(mesh)),
+        out_shardings=(state, meshes.replicated(mesh)),
+        donate_argnums=0,
+    )

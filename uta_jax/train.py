@@ -1,0 +1,254 @@
+"""The training loop.
+
+Order of one turn, and why:
+  1. take the batch that was put on the devices while the last step ran;
+  2. dispatch the update, which returns at once;
+  3. fetch the metrics of the update *before*: it is done by now, and this one keeps the devices
+     busy;
+  4. stop if they are not finite, before anything is saved;
+  5. save, once the metrics of this very update are known to be finite;
+  6. evaluate, after saving, so that a fault in an evaluator costs no training.
+
+Restart precedence: (1) the newest checkpoint of the workdir; (2) a fresh start. The run prints
+which.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from uta_jax import UserError
+from uta_jax import config as configs
+from uta_jax import mesh as meshes
+from uta_jax.checkpoint import Checkpoints
+from uta_jax.data.loader import TrainLoader
+from uta_jax.data.sources import open_source
+from uta_jax.data.tokenizer import Tokenizer
+from uta_jax.evals.zeroshot import ZeroShot
+from uta_jax.interop.teacher import load_clip, read_spec
+from uta_jax.metrics import Meter, Writer, progress_bar
+from uta_jax.objectives import OBJECTIVES
+from uta_jax.step import Recipe, TrainState, compile_step, init_state
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with: everything that stays while the state changes."""
+
+    config: ConfigDict
+    recipe: Recipe
+    mesh: jax.sharding.Mesh
+    workdir: Path
+    frozen: dict  # the teacher's vision tower, on the devices; {} without a teacher
+    evaluate: Callable[[TrainState], dict[str, float]]
+    provenance: dict  # of the teacher; saved with every checkpoint
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    """Train ``config`` in ``workdir``, resuming what stands there; returns the last figures.
+
+    Raises UserError for input that does not fit together, before anything is compiled.
+    """
+    meshes.keep_freed_memory()
+    workdir = make_workdir(workdir)
+    configs.check(config)
+    source = open_source(config.data.source, config.data.path, config.data.split)
+    has_teacher = OBJECTIVES[config.objective].needs_teacher
+    spec = read_spec(config.teacher.path) if has_teacher else None
+    recipe = configs.make_recipe(config, spec, len(source))
+    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    with jax.set_mesh(mesh):
+        run = prepare(config, recipe, mesh, workdir)
+        checkpoints = Checkpoints(workdir, config.train.keep)
+        try:
+            return _train(run, checkpoints, source)
+        finally:
+            checkpoints.close()
+
+
+def make_workdir(workdir: str | Path) -> Path:
+    """Create ``workdir`` if need be; UserError if something else stands there."""
+    workdir = Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: {error.strerror}; name a directory") from error
+    return workdir
+
+
+def prepare(config: ConfigDict, recipe: Recipe, mesh, workdir: Path) -> Run:
+    """Load the teacher, place its vision tower on the devices, set up the evaluation."""
+    frozen, text, provenance = {}, None, {}
+    if recipe.task.teacher:
+        teacher = load_clip(config.teacher.path, recipe.task.teacher.vision.image_size)
+        vision = cast(teacher.params["vision"], recipe.task.teacher_dtype)
+        frozen = meshes.place(mesh, {"vision": vision})
+        text, provenance = teacher.params["text"], teacher.provenance
+    evaluate = make_evaluator(config, recipe, text)
+    return Run(config, recipe, mesh, workdir, frozen, evaluate, provenance)
+
+
+def cast(params: dict, dtype: str) -> dict:
+    """``params`` in another floating point type, on the host."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(jax.numpy.dtype(dtype)), params)
+
+
+def make_evaluator(config: ConfigDict, recipe: Recipe, teacher_text: dict | None):
+    """The function ``state -> figures`` that the loop calls between updates."""
+    if not config.eval.path:
+        return lambda state: {}
+    source = open_source(config.eval.source, config.eval.path, config.eval.split)
+    zeroshot = ZeroShot(source, config.eval.templates, config.eval.batch_size)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        params = meshes.fetch(state.ema or state.params)
+        text = params["text"] if recipe.task.text else teacher_text
+        figures = zeroshot(recipe.task.clip, {"vision": params["vision"], "text": text})
+        return {f"zeroshot/{name}": value for name, value in figures.items()}
+
+    return evaluate
+
+
+def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
+    state, saved = _start(run, checkpoints)
+    step = int(state.step)
+    loader = _make_loader(run, source, step)
+    try:
+        if saved:
+            _check_same(run, loader, saved)
+        configs.save_config(run.config, run.workdir / "config.json")
+        with Log(run, checkpoints, step) as log:
+            return _loop(run, state, loader, log, checkpoints)
+    finally:
+        loader.close()
+
+
+def _make_loader(run: Run, source, start_step: int) -> TrainLoader:
+    data, task = run.config.data, run.recipe.task
+    return TrainLoader(
+        source,
+        batch_size=data.batch_size,
+        seed=run.config.seed,
+        image_size=task.student.image_size,
+        crop_scale=data.crop_scale,
+        flip=data.flip,
+        tokenizer=Tokenizer(task.text.context) if task.text else None,
+        start_step=start_step,
+        sharding=meshes.batch_sharding(run.mesh),
+        threads=data.threads,
+    )
+
+
+def _check_same(run: Run, loader: TrainLoader, saved: dict) -> None:
+    """Refuse to go on with other data or another teacher than the run began with."""
+    loader.check_state(saved["data"])
+    if saved["teacher"] != run.provenance:
+        raise UserError(
+            f"config.teacher.path={run.config.teacher.path} is not the teacher this run began with "
+            f"({saved['teacher']}): use that one, or another workdir"
+        )
+
+
+def _start(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
+    """The state to go on from, and the meta it was saved with ({} when fresh)."""
+    if checkpoints.latest() is not None:
+        state, saved = checkpoints.restore(run.recipe, run.mesh)
+        print(f"RESUMED at step {int(state.step)} from {run.workdir}", flush=True)
+        return state, saved
+    state = init_state(run.recipe, run.mesh)
+    count = parameter_overview.count_parameters(state.params)
+    print(f"FRESH START in {run.workdir}: {count:,} parameters to train", flush=True)
+    return state, {}
+
+
+class Log:
+    """The figures of a run: fetched one update late, checked, averaged, written, shown."""
+
+    def __init__(self, run: Run, checkpoints: Checkpoints, step: int):
+        self.figures: dict[str, float] = {}
+        self._every, self._total = run.config.train.log_every, run.recipe.optim.total_steps
+        self._checkpoints, self._pending = checkpoints, None
+        self._writer = Writer(run.workdir, step)
+        self._meter = Meter(run.config.data.batch_size)
+        self._bar = progress_bar(self._total, step)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+        self._writer.close()
+
+    def dispatched(self, step: int, metrics: dict, data_wait_s: float) -> None:
+        """Note the update just dispatched, after settling the one before it."""
+        self.settle()
+        self._pending = (step, metrics, data_wait_s)
+
+    def settle(self) -> None:
+        """Wait for the update noted last and count its metrics.
+
+        Raises FloatingPointError, naming the step, if one of them is not finite.
+        """
+        if self._pending is None:
+            return
+        (step, metrics, data_wait_s), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not all(map(math.isfinite, values.values())):
+            raise FloatingPointError(
+                f"step {step}: metrics are not finite: {values}. The newest checkpoint is that of "
+                f"step {self._checkpoints.latest()}; lower config.optim.lr or config.optim.b2"
+            )
+        self._meter.add(values, data_wait_s)
+        self._bar.update()
+        if step % self._every == 0 or step == self._total:
+            self._write_means(step)
+
+    def _write_means(self, step: int) -> None:
+        means = self._meter.read()
+        self.figures |= means
+        self._writer.write(step, means)
+        shown = {"loss": "{:.4f}", "images_per_s": "{:.0f}", "data_wait_ms": "{:.1f}"}
+        self._bar.set_postfix({name: form.format(means[name]) for name, form in shown.items()})
+
+    def scored(self, step: int, scores: dict[str, float]) -> None:
+        """Record the figures of an evaluation."""
+        if scores:
+            self.figures |= scores
+            self._writer.write(step, scores)
+            line = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            self._bar.write(f"step {step}: {line}")
+
+    @contextmanager
+    def aside(self):
+        """Leave the time spent in this context out of the rate."""
+        since = time.perf_counter()
+        yield
+        self._meter.pause(time.perf_counter() - since)
+
+
+def _loop(run: Run, state, loader, log: Log, checkpoints: Checkpoints) -> dict[str, float]:
+    """The order of one turn is that of the module's docstring."""
+    config, total = run.config.train, run.recipe.optim.total_steps
+    update, step = compile_step(run.recipe, run.mesh, run.frozen), int(state.step)
+    while step < total:
+        batch = next(loader)
+        state, metrics = update(state, run.frozen, batch)
+        step += 1
+        log.dispatched(step, metrics, loader.data_wait_s)
+        if step % config.save_every == 0 or step == total:
+            log.settle()
+            with log.aside():
+                checkpoints.save(state, {"data": loader.state(step), "teacher": run.provenance})
+        if step == total or (config.eval_every and step % config.eval_every == 0):
+            log.settle()
+            with log.aside():
+                log.scored(step, run.evaluate(state))
+    return log.figures
