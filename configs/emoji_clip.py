@@ -20,14 +20,14 @@ def get_config():
     c.student.dtype = "float32"  # XLA:CPU is no faster in bfloat16
     c.student.remat = "names"
     c.data.path = "data/emoji_scenes"
-    c.data.batch_size = 256
+    c.data.batch_size = 128
     c.data.crop_scale = (0.6, 1.0)  # captions name all objects: most must stay in sight
     c.optim.lr = 1e-3
     c.optim.end_lr = 0.0
-    c.optim.warmup_steps = 90
+    c.optim.warmup_steps = 75
     c.optim.weight_decay = 0.1
     c.optim.clip_norm = 1.0
-    c.train.steps = 1800
+    c.train.steps = 1500
     c.train.log_every = 20
     c.train.eval_every = 300
     c.train.save_every = 300

@@ -10,7 +10,7 @@ Expected result and run time: not known, not measured (the authors give their g/
 83.9 %).
 """
 
-from configs.uta_b16 import get_config as base_config
+from uta_b16 import get_config as base_config
 
 
 def get_config():

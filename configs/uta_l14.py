@@ -11,7 +11,7 @@ Expected result and run time: not known, not measured (the authors give their L/
 81.4 %).
 """
 
-from configs.uta_b16 import get_config as base_config
+from uta_b16 import get_config as base_config
 
 
 def get_config():

@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -21,4 +22,23 @@ def scenes(tmp_path_factory):
 
     out = tmp_path_factory.mktemp("data") / "emoji_scenes"
     emoji_scenes.build(out, train=256, val_single=128, val_scenes=32, processes=1, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory):
+    """The tiny CLIP with random weights, as a Hugging Face directory."""
+    from uta_jax.interop.export import export
+    from uta_jax.models.presets import CLIP
+    from uta_jax.models.text import init_text
+    from uta_jax.models.vit import init_vit
+
+    spec, key = CLIP["tiny_clip"], jax.random.key(0)
+    params = {
+        "vision": jax.jit(lambda: init_vit(spec.vision, key))(),
+        "text": jax.jit(lambda: init_text(spec.text, key))(),
+        "logit_scale": np.float32(2.66),
+    }
+    out = tmp_path_factory.mktemp("teacher") / "tiny_clip"
+    export(jax.tree.map(np.asarray, params), spec, "hf", out, {})
     return out

@@ -1,10 +1,15 @@
 """The command line, ``uta-jax COMMAND``: each command parses its arguments, calls one function."""
 
 import argparse
+import runpy
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
 
 from uta_jax import UserError, __version__
 
@@ -141,9 +146,16 @@ COMMANDS = {
 }  # fmt: skip
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, as every other mistake is reported."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="uta-jax",
         description="Unmasked Token Alignment in JAX: train, evaluate, convert, export.",
         epilog="Example: uta-jax train --config=configs/demo.py --workdir=runs/demo",
@@ -165,36 +177,65 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read_config(path: str, overrides: list[str]):
-    """The recipe at ``path`` with ``--config.key=value`` overrides; every mistake a UserError."""
-    from absl import flags
-    from ml_collections import config_flags
+# What Python, absl and ml_collections raise for a key or a value that they refuse.
+_MISTAKES = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 
+
+def _read_config(path: str, arguments: list[str]):
+    """The recipe at ``path`` with ``--config.KEY=VALUE`` overrides; every mistake a UserError."""
     if not Path(path).is_file():
-        raise UserError(f"--config={path}: no such file")
-    argv = ["uta-jax", f"--config={path}", *overrides]
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        raise UserError(f"--config={path}: no such file; name a recipe, such as configs/demo.py")
+    if (folder := str(Path(path).resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # a recipe may import its neighbours, as a script may
+    with _blame(f"--config={path}"):
+        config = runpy.run_path(path)["get_config"]().lock()
+    for override in _overrides(arguments):
+        with _blame(override):
+            argv, values = ["uta-jax", override], flags.FlagValues()
+            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+            values(argv)
+            config = values.config
+    return config
+
+
+def _overrides(arguments: list[str]) -> list[str]:
+    """``--config.KEY=VALUE`` each, also of those written as ``--config.KEY VALUE``."""
+    overrides = []
+    for argument in arguments:
+        if argument.startswith("--config."):
+            overrides.append(argument)
+        elif overrides and "=" not in overrides[-1] and not argument.startswith("--"):
+            overrides[-1] += f"={argument}"
+        else:
+            raise UserError(f"unexpected argument {argument!r}: write --config.KEY=VALUE")
+    return overrides
+
+
+@contextmanager
+def _blame(culprit: str):
+    """Turn a refusal into one line that names its cause, freed of what is wrapped around it."""
     try:
-        unused = values(argv)[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).replace("\\n", " ").split())
-        raise UserError(f"{' '.join(overrides)}: {reason} (keys: uta_jax/config.py)") from error
-    if unused:
-        raise UserError(f"unexpected argument {unused[0]!r}: write --config.KEY=VALUE")
-    return holder.value
+        yield
+    except _MISTAKES as error:
+        inner = error
+        while inner.args and isinstance(inner.args[0], Exception):
+            inner = inner.args[0]
+        reason = "no such key: " if isinstance(inner, KeyError) else ""
+        reason += " ".join(" ".join(map(str, inner.args)).split())
+        raise UserError(f"{culprit}: {reason} (all keys: uta_jax/config.py)") from error
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0, or 2 after one line about a mistake of the user's."""
     args, rest = _parser().parse_known_args(argv)
     if rest and args.command != "train":
-        print(f"uta-jax {args.command}: unexpected argument {rest[0]!r}", file=sys.stderr)
+        name = f"uta-jax {args.command}"
+        print(f"{name}: unexpected argument {rest[0]!r} (see {name} --help)", file=sys.stderr)
         return 2
     try:
         COMMANDS[args.command].run(args, rest)
     except UserError as error:
-        print(f"uta-jax {args.command}: {error}", file=sys.stderr)
+        print(f"uta-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

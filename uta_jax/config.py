@@ -7,6 +7,7 @@ refuses what does not fit together. Both run before anything is read, compiled o
 
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,13 @@ def default_config() -> ConfigDict:
     c = ConfigDict()
     c.objective = "uta"  # a key of objectives.OBJECTIVES
     c.seed = 0  # of the initial weights, the masks and the data order
+    _add_method(c)
+    _add_run(c)
+    return c.lock()
 
+
+def _add_method(c: ConfigDict) -> None:
+    """What is trained, towards what."""
     c.student = ConfigDict()
     c.student.preset = "uta_b16"  # a key of presets.VIT (contrastive: of presets.CLIP)
     c.student.image_size = 0  # pixels; 0: the preset's own
@@ -48,6 +55,9 @@ def default_config() -> ConfigDict:
     c.loss = ConfigDict()
     c.loss.cls_weight = 1.0  # weight of the CLS token against 1 for each patch token
 
+
+def _add_run(c: ConfigDict) -> None:
+    """On which data, for how long, on which devices."""
     c.data = ConfigDict()
     c.data.source = "tfds"  # a key of sources.SOURCES
     c.data.path = ""  # directory
@@ -88,7 +98,6 @@ def default_config() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = -1  # -1: what mesh.fsdp leaves
     c.mesh.fsdp = 1
-    return c.lock()
 
 
 def _one_of(table) -> tuple:
@@ -98,6 +107,18 @@ def _one_of(table) -> tuple:
 def _between(low: float, high: float, text: str) -> tuple:
     """``low <= v < high``; NaN fails every comparison."""
     return (lambda v: low <= v < high), text
+
+
+def _is_scale(value: tuple) -> bool:
+    numbers = all(isinstance(v, int | float) for v in value)
+    return numbers and len(value) == 2 and 0 < value[0] <= value[1] <= 1
+
+
+def _are_templates(value: tuple) -> bool:
+    try:
+        return bool(value) and all(template.format("x") != template for template in value)
+    except (AttributeError, IndexError, KeyError, ValueError):
+        return False
 
 
 _POSITIVE = (lambda v: 0 < v < math.inf), "a finite number > 0"
@@ -122,6 +143,7 @@ _RULES = {
     "loss.cls_weight": _NOT_NEGATIVE,
     "data.source": _one_of(SOURCES),
     "data.batch_size": _COUNT,
+    "data.crop_scale": (_is_scale, "(low, high) with 0 < low <= high <= 1"),
     "data.threads": _COUNT,
     "optim.lr": _POSITIVE,
     "optim.start_lr": _NOT_NEGATIVE,
@@ -142,6 +164,7 @@ _RULES = {
     "train.keep": _COUNT,
     "eval.source": _one_of(SOURCES),
     "eval.batch_size": _COUNT,
+    "eval.templates": (_are_templates, "one text or more, each with one {} for the class name"),
 }
 
 
@@ -153,9 +176,6 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{key}={value} is not allowed: it must be {allowed}")
     if not config.train.steps and not config.train.epochs:
         raise UserError("config.train.steps=0 trains nothing: set it, or config.train.epochs, > 0")
-    low, high = config.data.crop_scale
-    if not 0 < low <= high <= 1:
-        raise UserError(f"config.data.crop_scale={(low, high)} must satisfy 0 < low <= high <= 1")
     if not config.data.path:
         raise UserError("config.data.path is empty: name the directory of the training images")
     if OBJECTIVES[config.objective].needs_teacher and not config.teacher.path:
@@ -163,8 +183,15 @@ def check(config: ConfigDict) -> None:
             f"config.teacher.path is empty, but objective {config.objective!r} needs a teacher: "
             "name a CLIP checkpoint, or asset:tiny_clip"
         )
-    if any("{}" not in t for t in config.eval.templates):
-        raise UserError(f"config.eval.templates={config.eval.templates}: each needs a {{}}")
+
+
+@contextmanager
+def blame(key: str):
+    """Let a mistake found in what ``key`` points to name the key as well."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def _value(config: ConfigDict, key: str):
@@ -181,23 +208,39 @@ def make_recipe(config: ConfigDict, teacher: ClipSpec | None, examples: int) -> 
     together.
     """
     check(config)
-    if config.data.batch_size % jax.device_count():
+    _check_batch(config.data.batch_size, examples)
+    o, run = config.optim, config.train
+    steps = run.steps or _steps(run.epochs, config, examples)
+    if not steps:
         raise UserError(
-            f"config.data.batch_size={config.data.batch_size} does not divide over the "
-            f"{jax.device_count()} devices: choose a multiple of {jax.device_count()}"
+            f"config.train.epochs={run.epochs} of {examples} examples is less than half a batch: "
+            "raise it, or set config.train.steps"
         )
-    steps = config.train.steps or _steps(config.train.epochs, config, examples)
-    warmup = config.optim.warmup_steps or _steps(config.optim.warmup_epochs, config, examples)
-    if not 0 <= warmup < max(steps, 1):
+    warmup = o.warmup_steps or _steps(o.warmup_epochs, config, examples)
+    if warmup >= steps:
+        key = "steps" if o.warmup_steps else "epochs"
         raise UserError(
-            f"warm-up of {warmup} steps must be shorter than the run of {steps}: "
-            "lower config.optim.warmup_steps or raise config.train.steps"
+            f"config.optim.warmup_{key}={o[f'warmup_{key}']} makes {warmup} steps of warm-up, but "
+            f"the run has {steps}: lower it, or train for longer"
         )
-    o = config.optim
     optim = AdamW(
         o.lr, steps, warmup, o.start_lr, o.end_lr, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm
     )
     return Recipe(make_task(config, teacher), optim, o.ema_decay, config.seed)
+
+
+def _check_batch(size: int, examples: int) -> None:
+    devices = jax.device_count()
+    if size % devices:
+        raise UserError(
+            f"config.data.batch_size={size} does not divide over the {devices} devices: "
+            f"choose a multiple of {devices}"
+        )
+    if size > examples:
+        raise UserError(
+            f"config.data.batch_size={size} is more than the {examples} training examples there "
+            "are: lower it"
+        )
 
 
 def _steps(epochs: float, config: ConfigDict, examples: int) -> int:
@@ -222,6 +265,7 @@ def make_task(config: ConfigDict, teacher: ClipSpec | None) -> Task:
         raise UserError(
             f"config.mask.ratio={config.mask.ratio} keeps 0 of {student.tokens} patches: lower it"
         )
+    _check_block(config.mask, keep, student.tokens)
     return Task(
         objective=config.objective,
         student=student,
@@ -237,15 +281,25 @@ def make_task(config: ConfigDict, teacher: ClipSpec | None) -> Task:
     )
 
 
+def _check_block(mask: ConfigDict, keep: int, tokens: int) -> None:
+    """Rectangles larger than what they have to cover are all refused: the mask would be random."""
+    area = {"block": tokens - keep, "reversed_block": keep}.get(mask.kind, 0)
+    if 0 < area < mask.min_block:
+        raise UserError(
+            f"config.mask.min_block={mask.min_block} is more than the {area} patches that "
+            f"{mask.kind!r} covers with rectangles: choose at most {area}"
+        )
+
+
 def _student_spec(config: ConfigDict, teacher: ClipSpec | None) -> presets.VitSpec:
     """The student's preset at its input size, projecting into the teacher's space."""
     spec = presets.VIT[config.student.preset]
     spec = presets.resized(spec, config.student.image_size or spec.image_size)
     if spec.image_size % spec.patch_size:
+        sizes = [n * spec.patch_size for n in (spec.grid, spec.grid + 1) if n]
         raise UserError(
             f"config.student.image_size={spec.image_size} is not a multiple of the patch size "
-            f"{spec.patch_size}: choose {spec.grid * spec.patch_size} or "
-            f"{(spec.grid + 1) * spec.patch_size}"
+            f"{spec.patch_size}: choose {' or '.join(map(str, sizes))}"
         )
     return replace(spec, out_dim=teacher.vision.out_dim) if teacher else spec
 
@@ -265,8 +319,10 @@ def _teacher_spec(config: ConfigDict, student, teacher: ClipSpec) -> presets.Vit
 
 
 def save_config(config: ConfigDict, path: Path) -> None:
-    """Write the resolved configuration as JSON."""
-    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    """Write the resolved configuration as JSON; an interruption leaves the old file."""
+    new = path.with_suffix(".tmp")
+    new.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    new.replace(path)
 
 
 def load_config(path: Path) -> ConfigDict:
@@ -274,8 +330,11 @@ def load_config(path: Path) -> ConfigDict:
     if not path.is_file():
         raise UserError(f"{path} is missing: not the workdir of a training run")
     config = default_config()
-    with config.unlocked():
+    try:
         config.update(_tuples(json.loads(path.read_text())))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a configuration of this version: {reason}") from error
     return config
 
 

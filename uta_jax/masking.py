@@ -42,36 +42,47 @@ def keep_count(tokens: int, ratio: float) -> int:
 
 def sample(rng: Array, batch: int, grid: int, mask: Mask) -> Array:
     """Draw ``keep_bk``: int32 [b, mask.keep], sorted, distinct, within [0, grid * grid)."""
+    tokens, places = grid * grid, 4 * _ROUNDS
     if mask.kind == "random":
-        score_bn = jax.random.uniform(rng, (batch, grid * grid))
+        score_bn = jax.random.uniform(rng, (batch, tokens))
     else:
-        area = mask.keep if mask.kind == "reversed_block" else grid * grid - mask.keep
-        draw = jax.vmap(lambda key: _block_score(key, grid, area, mask.min_block))
-        score_bn = draw(jax.random.split(rng, batch)).reshape(batch, grid * grid)
+        area = mask.keep if mask.kind == "reversed_block" else tokens - mask.keep
+        # One draw for both purposes: every one adds to the time of compilation.
+        u_bu = jax.random.uniform(rng, (batch, places + tokens))
+        covered_bgg = rectangles(u_bu[:, :places], grid, area, mask.min_block)
+        score_bn = _top_up(covered_bgg, u_bu[:, places:]).reshape(batch, tokens)
         score_bn = -score_bn if mask.kind == "block" else score_bn
     _, keep_bk = jax.lax.top_k(score_bn, mask.keep)
     return jnp.sort(keep_bk.astype(jnp.int32), axis=-1)
 
 
-def _block_score(key: Array, grid: int, area: int, min_block: int) -> Array:
-    """[grid, grid] scores; the ``area`` highest are BEiT rectangles, topped up at their edges."""
-    key, tie = jax.random.split(key)
-    covered, _ = jax.lax.fori_loop(
-        0,
-        _ROUNDS,
-        lambda i, carry: _try_rectangle(jax.random.fold_in(key, i), *carry, area, min_block),
-        (jnp.zeros((grid, grid), bool), jnp.int32(0)),
-    )
-    padded = jnp.pad(covered.astype(jnp.float32), 1)
-    sides = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
-    # Covered cells (at least 5) first, then by covered neighbours (0 to 4), then at random (< 1).
-    return 5.0 * covered + sides + jax.random.uniform(tie, (grid, grid))
+def _top_up(covered_bgg: Array, tie_bn: Array) -> Array:
+    """[b, g, g] scores: covered cells first, then those that most of them touch, then chance."""
+    padded = jnp.pad(covered_bgg.astype(jnp.float32), ((0, 0), (1, 1), (1, 1)))
+    rows, columns = padded[:, :, 1:-1], padded[:, 1:-1]
+    sides = rows[:, :-2] + rows[:, 2:] + columns[:, :, :-2] + columns[:, :, 2:]
+    # Covered: 5 at least; else the number of covered neighbours, 0 to 4, and less than 1 by chance.
+    return 5.0 * covered_bgg + sides + tie_bn.reshape(sides.shape)
 
 
-def _try_rectangle(key, covered, failures, area, min_block):
+def rectangles(u_bu: Array, grid: int, area: int, min_block: int) -> Array:
+    """BEiT's draw from uniform numbers [b, 4 * rounds]: bool [b, g, g], up to ``area`` covered."""
+
+    def draw(u_u: Array) -> Array:
+        (covered, _), _ = jax.lax.scan(
+            lambda carry, u_4: (_try_rectangle(u_4, *carry, area, min_block), None),
+            (jnp.zeros((grid, grid), bool), jnp.int32(0)),
+            u_u.reshape(-1, 4),
+        )
+        return covered
+
+    return jax.vmap(draw)(u_bu)
+
+
+def _try_rectangle(u_4, covered, failures, area, min_block):
     """Cover one more rectangle if it adds between 1 and the missing number of cells."""
     grid = covered.shape[0]
-    u_area, u_aspect, u_top, u_left = jax.random.uniform(key, (4,))
+    u_area, u_aspect, u_top, u_left = u_4
     missing = area - covered.sum()
     size = min_block + u_area * (missing - min_block)
     aspect = jnp.exp((2 * u_aspect - 1) * _LOG_ASPECT)

@@ -47,7 +47,7 @@ def read(path: Path) -> list[dict]:
 
 
 class Meter:
-    """Mean of each metric, images per second and wait for data over the steps since ``read``."""
+    """Mean of each metric, the rate and the wait for data over the steps since the last ``read``."""
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size
@@ -68,9 +68,13 @@ class Meter:
         self._since += seconds
 
     def read(self) -> dict[str, float]:
-        """Means over the steps since the last call; ``images_per_s``, ``data_wait_ms`` a step."""
+        """Means since the last call, ``seconds`` they took, ``images_per_s``, ``data_wait_ms``.
+
+        The first window of a process holds the compilation.
+        """
         seconds = max(time.perf_counter() - self._since, 1e-9)
         values = {name: total / self._steps for name, total in self._sums.items()}
+        values["seconds"] = seconds
         values["images_per_s"] = self._steps * self._batch_size / seconds
         values["data_wait_ms"] = 1000 * self._wait / self._steps
         self._reset()

@@ -1,4 +1,4 @@
-"""A run's folder as pictures and one summary: ``samples.png``, ``curves.png``, ``summary.json``."""
+"""What comes out of a run's folder: pictures and a summary of it, and the model for other libraries."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from uta_jax.checkpoint import SavedRun, load_run
 from uta_jax.data.loader import TrainLoader
 from uta_jax.data.sources import open_source
 from uta_jax.evals import evaluate
+from uta_jax.interop.export import export
 from uta_jax.masking import sample
 from uta_jax.objectives import cosine, student_input, teacher_tokens
 
@@ -20,8 +21,24 @@ matplotlib.use("Agg")  # files only: no display is needed
 _COLUMNS = 8  # crops in samples.png
 
 
+def export_run(
+    workdir: str | Path, fmt: str, out: str | Path, overwrite: bool = False, dtype: str = "float32"
+) -> None:
+    """Export the newest student of ``workdir``; the model card says what the folder knows of it."""
+    run = load_run(workdir)
+    config = run.config
+    card = {"objective": config.objective, "steps": run.meta["step"], "data": config.data.path}
+    if run.teacher:
+        card |= {f"teacher {key}": value for key, value in run.teacher.provenance.items()}
+    scores = [r for r in metrics.read(Path(workdir) / "metrics.jsonl") if "zeroshot/top1" in r]
+    if scores and scores[-1]["step"] == run.meta["step"]:
+        card[f"zero-shot top-1, {config.eval.split}"] = f"{scores[-1]['zeroshot/top1']:.4f}"
+    export(run.clip, run.spec, fmt, out, card, overwrite=overwrite, dtype=dtype)
+    print(f"{out}: {fmt}, {dtype}, re-read and equal")
+
+
 def report(workdir: str | Path) -> dict:
-    """Write the pictures and ``summary.json`` of a run; prints the summary as a table.
+    """Write ``samples.png``, ``curves.png`` and ``summary.json`` of a run; prints the summary.
 
     Uses the figures of ``evaluate`` where it ran on this step, and runs it where it did not.
     """
@@ -32,7 +49,7 @@ def report(workdir: str | Path) -> dict:
     draw_curves(rows, figures, workdir / "curves.png")
     if run.teacher:
         draw_samples(run, workdir / "samples.png")
-    summary = summarize(rows, figures, run.config.data.batch_size)
+    summary = summarize(rows, figures)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():
         print(f"{name:15} {value:.4g}" if isinstance(value, float) else f"{name:15} {value}")
@@ -46,11 +63,9 @@ def _figures(workdir: Path, step: int) -> dict:
     return evaluate(workdir)
 
 
-def summarize(rows: list[dict], figures: dict, batch_size: int) -> dict:
-    """The figures of a run that one would quote; accuracies are shares, times seconds."""
+def summarize(rows: list[dict], figures: dict) -> dict:
+    """The figures of a run that one would quote: shares, seconds of training, the median rate."""
     timed = [row for row in rows if "images_per_s" in row]
-    steps = np.diff([0] + [row["step"] for row in timed])
-    seconds = steps * batch_size / np.array([row["images_per_s"] for row in timed])
     summary = {
         f"{name}_top1": figures[name]["top1"]
         for name in ("teacher", "student", "exported")
@@ -58,8 +73,8 @@ def summarize(rows: list[dict], figures: dict, batch_size: int) -> dict:
     }
     return summary | {
         "chance": figures["chance"],
-        "images_per_s": float(steps.sum() * batch_size / seconds.sum()),
-        "train_seconds": float(seconds.sum()),
+        "images_per_s": float(np.median([row["images_per_s"] for row in timed])),
+        "train_seconds": sum(row["seconds"] for row in timed),
         "export_dir": figures.get("export_dir", ""),
     }
 

@@ -161,7 +161,9 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
     """The state to go on from, and the meta it was saved with ({} when fresh)."""
     if checkpoints.latest() is not None:
         state, saved = checkpoints.restore(run.recipe, run.mesh)
-        print(f"RESUMED at step {int(state.step)} from {run.workdir}", flush=True)
+        step, total = int(state.step), run.recipe.optim.total_steps
+        done = "; the run is complete, nothing is left to train" if step >= total else ""
+        print(f"RESUMED at step {step} of {total} from {run.workdir}{done}", flush=True)
         return state, saved
     state = init_state(run.recipe, run.mesh)
     count = parameter_overview.count_parameters(state.params)
@@ -216,7 +218,8 @@ class Log:
         self.figures |= means
         self._writer.write(step, means)
         shown = {"loss": "{:.4f}", "images_per_s": "{:.0f}", "data_wait_ms": "{:.1f}"}
-        self._bar.set_postfix({name: form.format(means[name]) for name, form in shown.items()})
+        postfix = {name: form.format(means[name]) for name, form in shown.items()}
+        self._bar.set_postfix(postfix, refresh=False)
 
     def scored(self, step: int, scores: dict[str, float]) -> None:
         """Record the figures of an evaluation."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from uta_jax import UserError
@@ -49,19 +50,26 @@ def export(
     out_dir: str | Path,
     card: Mapping[str, Any],
     overwrite: bool = False,
+    dtype: str = "float32",
 ) -> float:
     """Write {"vision", "text", "logit_scale"} as format ``fmt``; the re-read difference (0).
+
+    ``dtype``: of the stored weights; with float16 they are rounded first, and the rounded weights are
+    what must come back.
 
     ``out_dir`` appears whole or not at all, with a model card that lists ``card`` (teacher, data,
     steps, licence, zero-shot figures). Raises UserError where the architecture does not fit, naming
     the formats that do, or ``out_dir`` exists without ``overwrite``.
     """
     target = _target(fmt, spec)
+    if dtype != "float32":
+        params = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), params)
     with whole_dir(Path(out_dir), overwrite) as work:
         tensors = keymaps.to_theirs(target.layout, spec, params)
+        tensors = {name: x.astype(dtype, copy=False) for name, x in tensors.items()}
         if fmt == "hf":
             write_safetensors(work / target.weights, tensors)
-            for name, values in hf_configs(spec).items():
+            for name, values in hf_configs(spec, dtype).items():
                 write_json(work / name, values)
         else:
             made = {"card": {key: str(value) for key, value in card.items()}}

@@ -125,6 +125,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
     Raises OSError where one bit of it is not what was given.
     """
     save_file(dict(tensors), path, metadata={"format": "pt"})  # transformers asks for this word
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
     with safe_open(path, "numpy", backend="pread") as file:
         names = file.offset_keys()
         if {n: tuple(file.get_slice(n).get_shape()) for n in names} != _shapes(tensors):

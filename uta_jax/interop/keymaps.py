@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from uta_jax import UserError
+from uta_jax.mesh import path_name
 from uta_jax.models.presets import ClipSpec
 from uta_jax.models.text import init_text
 from uta_jax.models.vit import init_vit, rope_table
@@ -292,16 +293,9 @@ def param_shapes(spec: ClipSpec) -> dict[str, Shape]:
     return {"logit_scale": (), **{path: leaf.shape for path, leaf in flatten(towers).items()}}
 
 
-def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping) -> dict[str, Any]:
     """Nested dicts -> one dict whose keys join the names with "/"."""
-    flat = {}
-    for name, value in tree.items():
-        flat |= (
-            flatten(value, f"{prefix}{name}/")
-            if isinstance(value, Mapping)
-            else {prefix + name: value}
-        )
-    return flat
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:

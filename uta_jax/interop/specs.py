@@ -168,8 +168,11 @@ def _channels(values: Any, where: str) -> tuple[float, float, float]:
     return r, g, b
 
 
-def hf_configs(spec: ClipSpec) -> dict[str, dict]:
-    """File name -> contents: the configuration of a ``CLIPModel`` and of its image processor."""
+def hf_configs(spec: ClipSpec, dtype: str = "float32") -> dict[str, dict]:
+    """File name -> contents: the configuration of a ``CLIPModel`` and of its image processor.
+
+    ``dtype``: that of the weights beside it.
+    """
     vision = {theirs: getattr(spec.vision, ours) for theirs, (ours, _) in HF_VISION.items()}
     text = {theirs: getattr(spec.text, ours) for theirs, (ours, _) in HF_TEXT.items()}
     # CLIP's vocabulary ends with start and end of text.
@@ -178,7 +181,7 @@ def hf_configs(spec: ClipSpec) -> dict[str, dict]:
     model = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
-        "dtype": "float32",
+        "dtype": dtype,
         "projection_dim": spec.vision.out_dim,
         "text_config": {"model_type": "clip_text_model", **text},
         "vision_config": {"model_type": "clip_vision_model", **vision},

@@ -199,6 +199,7 @@ def _from_record(record: Path, weights: Path | None = None) -> _Found:
     weights = weights or record.parent / _plain(name, record)
     spec = spec_from_json(values.get("spec"), str(record))
     source = values.get("source")
+    source = source if isinstance(source, dict) else None
     return _Found(str(record.parent), fmt, (weights,), spec, values.get("sha256", ""), source)
 
 

@@ -95,7 +95,8 @@ _TEXT_H = _clip_text(1024, 16, depth=24, act="gelu")
 _EVA01_G = VitSpec(
     224, 14, 1408, 40, 16, 6144, 1024, act="gelu", qkv_bias="qv", head_bias=True
 )  # fmt: skip
-_TINY_TEXT = TextSpec(32, 49408, 64, 4, 2, 256, 64, act="quick_gelu")
+# The text tower is exact GELU, as UTA's own: a student of it fits the released layout, too.
+_TINY_TEXT = TextSpec(32, 49408, 64, 4, 2, 256, 64, act="gelu")
 _TINY_VIT = _clip_vit(64, 8, 128, 4, 4, 64)
 
 CLIP: dict[str, ClipSpec] = {

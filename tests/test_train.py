@@ -1,0 +1,137 @@
+"""The whole way: train, interrupt, resume, evaluate, export, report."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from uta_jax import UserError, train as training
+from uta_jax.checkpoint import Checkpoints, load_run
+from uta_jax.config import default_config
+from uta_jax.evals import evaluate
+from uta_jax.interop.teacher import load_clip
+from uta_jax.report import export_run, report
+
+STEPS = 6
+
+
+@pytest.fixture
+def config(scenes, teacher_dir):
+    """The demo's recipe, shrunk: 6 steps of 16 images, saved after each."""
+    c = default_config()
+    c.student.preset, c.student.dtype = "tiny_clip", "float32"
+    c.teacher.path, c.teacher.dtype = str(teacher_dir), "float32"
+    c.data.path = c.eval.path = str(scenes)
+    c.data.batch_size, c.eval.batch_size = 16, 64
+    c.optim.ema_decay = 0.9
+    c.train.steps, c.train.log_every, c.train.save_every, c.train.keep = STEPS, 1, 1, 10
+    c.mesh.data, c.mesh.fsdp = 4, 2
+    return c
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def _interrupt_after(monkeypatch, step):
+    """Die when update ``step`` + 1 is about to be dispatched."""
+    original = training.Log.dispatched
+
+    def dispatched(self, done, *args):
+        if done > step:
+            raise _Interrupted
+        original(self, done, *args)
+
+    monkeypatch.setattr(training.Log, "dispatched", dispatched)
+
+
+def _state(config, workdir):
+    with open(workdir / "config.json") as file:
+        assert json.load(file) == json.loads(json.dumps(config.to_dict()))
+    run = load_run(workdir)
+    assert run.meta["step"] == STEPS
+    checkpoints = Checkpoints(workdir)
+    recipe = training.configs.make_recipe(config, run.teacher.spec, 256)
+    mesh = training.meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    state, _ = checkpoints.restore(recipe, mesh)
+    checkpoints.close()
+    return training.meshes.fetch(state)
+
+
+def _rows(workdir):
+    timed = ("images_per_s", "data_wait_ms", "seconds")
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def test_interrupted_anywhere_and_resumed_is_the_uninterrupted_run(
+    config, tmp_path, monkeypatch, capsys
+):
+    training.train(config, tmp_path / "whole")
+    whole = _state(config, tmp_path / "whole")
+    for stop in (1, 3, 5):
+        workdir = tmp_path / f"stopped{stop}"
+        with monkeypatch.context() as patch:
+            _interrupt_after(patch, stop)
+            with pytest.raises(_Interrupted):
+                training.train(config, workdir)
+        capsys.readouterr()
+        training.train(config, workdir)
+        assert f"RESUMED at step {stop}" in capsys.readouterr().out
+        jax.tree.map(np.testing.assert_array_equal, _state(config, workdir), whole)
+        assert _rows(workdir) == _rows(tmp_path / "whole")
+    # A cold start with the same parameters would not do: its moments are zero.
+    assert any(leaf.any() for leaf in jax.tree.leaves(whole.opt_state) if leaf.ndim)
+
+
+def test_train_evaluate_export_report(config, scenes, tmp_path, teacher_dir, capsys):
+    workdir, exported = tmp_path / "run", tmp_path / "exported"
+    before = load_clip(teacher_dir)
+    figures = training.train(config, workdir)
+    assert {"loss", "images_per_s", "zeroshot/top1"} <= figures.keys()
+    export_run(workdir, "hf", exported)
+    scores = evaluate(workdir, exported=str(exported), json_file=str(tmp_path / "scores.json"))
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert scores["student"]["n"] == 128
+    assert abs(scores["student"]["top1"] - scores["exported"]["top1"]) <= 1 / 128
+    summary = report(workdir)
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert summary["exported_top1"] == scores["exported"]["top1"]
+    assert summary["train_seconds"] > 0 and summary["chance"] == 1 / 128
+    for picture in ("samples.png", "curves.png"):
+        assert (workdir / picture).stat().st_size > 10_000
+    # The exported text tower and scale are the teacher's own, bit for bit.
+    after = load_clip(exported)
+    jax.tree.map(np.testing.assert_array_equal, after.params["text"], before.params["text"])
+    assert after.params["logit_scale"] == before.params["logit_scale"]
+
+
+def test_resuming_refuses_other_data_and_another_teacher(config, tmp_path):
+    workdir = tmp_path / "run"
+    config.train.steps = 2
+    training.train(config, workdir)
+    saved = sorted(p.name for p in (workdir / "checkpoints").iterdir())
+    config.train.steps = 4
+    config.seed = 1
+    with pytest.raises(UserError, match="seed"):
+        training.train(config, workdir)
+    config.seed, config.data.split = 0, "train[:50%]"
+    with pytest.raises(UserError, match="fingerprint"):
+        training.train(config, workdir)
+    config.data.split, config.student.preset = "train", "uta_tiny"
+    with pytest.raises(UserError, match="does not fit"):
+        training.train(config, workdir)
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == saved
+    config.student.preset = "tiny_clip"
+    training.train(config, workdir)  # and with the mistakes mended it goes on
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(config, tmp_path):
+    config.optim.lr = 1e30
+    config.optim.clip_norm = 0.0
+    with pytest.raises(FloatingPointError, match="step"):
+        training.train(config, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert (checkpoints.latest() or 0) < STEPS
+    checkpoints.close()
