@@ -48,7 +48,7 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
-        "cuda": ["jax[cuda13]>=0.10.2,<0.11"],
+        "cuda": ["jax[cuda12]>=0.10.2,<0.11"],
         # Reading .pt files, checking exports, parity tests. Training needs none of it.
         "torch": [
             "torch==2.14.1",

@@ -1,12 +1,15 @@
 """The tiny teacher: a CLIP trained from scratch on emoji_scenes, captions and all.
 
-Objective: the softmax contrastive loss of Radford et al. 2021; every value below is ours, chosen
+Objective: the softmax contrastive loss of Radford et al. 2021. Every value below is ours, chosen
 for two CPU cores. Its weights ship with the package as ``asset:tiny_clip``.
 
     uta-jax data emoji_scenes --out=data/emoji_scenes
     uta-jax train --config=configs/emoji_clip.py --workdir=runs/emoji_clip
     uta-jax export --workdir=runs/emoji_clip --format=hf --dtype=float16 \\
         --out=uta_jax/assets/tiny_clip
+
+Result: 90.5 % zero-shot top-1 on val_single (128 classes, 1,280 images) after 192,000 images, in 20
+minutes on two cores that had other work to do; chance is 0.8 %.
 """
 
 from uta_jax.config import default_config

@@ -15,6 +15,13 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compile_once(tmp_path_factory):
+    """Many tests train the same little model: compile its step once a session."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """A small emoji_scenes data set: 256 scenes to train on, 128 to evaluate."""

@@ -18,9 +18,7 @@ CLIP = presets.ClipSpec(VISION, TEXT)
 
 
 def _task(kind="random", keep=32, **changes):
-    task = Task(
-        "uta", VISION, CLIP.mean, CLIP.std, teacher=CLIP, mask=masking.Mask(kind, keep, 4)
-    )
+    task = Task("uta", VISION, CLIP.mean, CLIP.std, teacher=CLIP, mask=masking.Mask(kind, keep, 4))
     return replace(task, **changes)
 
 
@@ -69,7 +67,9 @@ def test_a_masked_out_patch_changes_the_loss_only_through_the_teacher():
     params = _params(0)
     losses = [float(uta(params, blind, b, rng, task)[0]) for b in (batch, other)]
     assert losses[0] == losses[1]
-    gradients = [jax.grad(lambda p, b=b: uta(p, blind, b, rng, task)[0])(params) for b in (batch, other)]
+    gradients = [
+        jax.grad(lambda p, b=b: uta(p, blind, b, rng, task)[0])(params) for b in (batch, other)
+    ]
     jax.tree.map(np.testing.assert_array_equal, *gradients)
 
 
@@ -114,7 +114,9 @@ def test_contrastive_is_open_clips_formula():
     from uta_jax.models.text import TextTower
     from uta_jax.objectives import student_input
 
-    image = task.vit().apply({"params": params["vision"]}, student_input(batch["image"], task))[:, 0]
+    image = task.vit().apply({"params": params["vision"]}, student_input(batch["image"], task))[
+        :, 0
+    ]
     text = TextTower(TEXT).apply({"params": params["text"]}, batch["text"])
     i, t = (np.asarray(x, np.float64) for x in (image, text))
     i, t = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (i, t))
@@ -148,5 +150,3 @@ def test_every_objective_trains_all_that_it_initialises(name):
         # A key's bias shifts every logit of a query alike, which softmax cannot see.
         if "'k']['bias'" not in jax.tree_util.keystr(path):
             assert leaf.any(), path
-
-

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from uta_jax import UserError, train as training
+from uta_jax import UserError
+from uta_jax import train as training
 from uta_jax.checkpoint import Checkpoints, load_run
 from uta_jax.config import default_config
 from uta_jax.evals import evaluate

@@ -47,7 +47,7 @@ def read(path: Path) -> list[dict]:
 
 
 class Meter:
-    """Mean of each metric, the rate and the wait for data over the steps since the last ``read``."""
+    """Means of the metrics, rate and wait for data over the steps since the last ``read``."""
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size

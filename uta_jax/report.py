@@ -1,4 +1,4 @@
-"""What comes out of a run's folder: pictures and a summary of it, and the model for other libraries."""
+"""What comes out of a run's folder: pictures, a summary, and the model for other libraries."""
 
 import json
 from pathlib import Path

@@ -54,8 +54,8 @@ def export(
 ) -> float:
     """Write {"vision", "text", "logit_scale"} as format ``fmt``; the re-read difference (0).
 
-    ``dtype``: of the stored weights; with float16 they are rounded first, and the rounded weights are
-    what must come back.
+    ``dtype``: of the stored weights; with float16 they are rounded first, and the rounded weights
+    are what must come back.
 
     ``out_dir`` appears whole or not at all, with a model card that lists ``card`` (teacher, data,
     steps, licence, zero-shot figures). Raises UserError where the architecture does not fit, naming

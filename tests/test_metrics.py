@@ -1,0 +1,42 @@
+"""The record of a run."""
+
+import json
+
+import pytest
+
+from uta_jax.metrics import Meter, Writer, read
+
+
+def test_a_resumed_run_stands_in_the_file_once(tmp_path):
+    writer = Writer(tmp_path, 0)
+    for step in range(1, 6):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    writer = Writer(tmp_path, 3)  # the checkpoint was that of step 3
+    writer.write(4, {"loss": 40.0})
+    writer.close()
+    rows = read(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_a_half_written_row_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
+    assert read(path) == [{"step": 1}]
+    assert read(tmp_path / "absent.jsonl") == []
+
+
+def test_meter_means_and_rate(monkeypatch):
+    now = iter([0.0, 12.0, 12.0])
+    monkeypatch.setattr("uta_jax.metrics.time.perf_counter", lambda: next(now))
+    meter = Meter(batch_size=8)
+    meter.add({"loss": 1.0}, 0.1)
+    meter.add({"loss": 3.0}, 0.3)
+    meter.pause(8.0)
+    means = meter.read()
+    assert means == {
+        "loss": 2.0,
+        "seconds": 4.0,
+        "images_per_s": 4.0,
+        "data_wait_ms": pytest.approx(200.0),
+    }
