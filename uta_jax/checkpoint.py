@@ -72,15 +72,18 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             raise UserError(f"no checkpoint in {self._manager.directory}: train first")
+        where = f"checkpoint {step} in {self._manager.directory}"
         items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
         args = ocp.args.Composite(meta=ocp.args.JsonRestore(), **items)
         try:
+            _check_fits(self._manager.directory / str(step), targets, where)
             return dict(self._manager.restore(step, args=args).items())
+        except UserError:
+            raise
         except (ValueError, KeyError) as error:
             raise UserError(
-                f"checkpoint {step} in {self._manager.directory} does not fit this configuration: "
-                f"use the one it was saved with, or another workdir"
-                f" ({' '.join(str(error).split())})"
+                f"{where} is damaged, or of another optimizer: use the configuration it was saved "
+                f"with, or another workdir ({' '.join(str(error).split())[:200]})"
             ) from error
 
     def close(self) -> None:
@@ -91,6 +94,29 @@ class Checkpoints:
 
 def _target(shape, sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _check_fits(directory: Path, targets: dict, where: str) -> None:
+    """Refuse a checkpoint of another model by the names and shapes it lists, before it is read.
+
+    Orbax finds out halfway, and says so at great length from several threads.
+    """
+    for item in sorted(targets.keys() & {"params", "ema"}):
+        stored = {}
+        if (directory / item).is_dir():
+            stored = _shapes(ocp.StandardCheckpointHandler().metadata(directory / item).tree)
+        ours = _shapes(targets[item])
+        wrong = sorted(n for n in stored.keys() | ours.keys() if stored.get(n) != ours.get(n))
+        if wrong:
+            raise UserError(
+                f"{where} does not fit this configuration: {len(wrong)} arrays of {item!r} differ "
+                f"({wrong[0]}: {stored.get(wrong[0])} saved, {ours.get(wrong[0])} wanted, ...): "
+                "use the configuration it was saved with, or another workdir"
+            )
+
+
+def _shapes(tree) -> dict[str, tuple]:
+    return {meshes.path_name(path): tuple(x.shape) for path, x in jax.tree.leaves_with_path(tree)}
 
 
 @dataclass(frozen=True)
@@ -119,8 +145,11 @@ def load_run(workdir: str | Path) -> SavedRun:
     workdir = Path(workdir)
     config = configs.load_config(workdir / "config.json")
     path = config.teacher.path if OBJECTIVES[config.objective].needs_teacher else ""
-    task = configs.make_task(config, read_spec(path) if path else None)
-    teacher = load_clip(path, task.teacher.vision.image_size) if path else None
+    with configs.blame(f"config.teacher.path of {workdir}"):
+        spec = read_spec(path) if path else None
+    task = configs.make_task(config, spec)
+    with configs.blame(f"config.teacher.path of {workdir}"):
+        teacher = load_clip(path, task.teacher.vision.image_size) if path else None
     checkpoints = Checkpoints(workdir)
     item = "ema" if config.optim.ema_decay else "params"
     params, meta = checkpoints.restore_params(task, meshes.make_mesh(), item)

@@ -208,7 +208,13 @@ def make_recipe(config: ConfigDict, teacher: ClipSpec | None, examples: int) -> 
     together.
     """
     check(config)
-    _check_batch(config.data.batch_size, examples)
+    _check_divides("data.batch_size", config.data.batch_size)
+    _check_divides("eval.batch_size", config.eval.batch_size)
+    if config.data.batch_size > examples:
+        raise UserError(
+            f"config.data.batch_size={config.data.batch_size} is more than the {examples} training "
+            "examples there are: lower it"
+        )
     o, run = config.optim, config.train
     steps = run.steps or _steps(run.epochs, config, examples)
     if not steps:
@@ -229,17 +235,12 @@ def make_recipe(config: ConfigDict, teacher: ClipSpec | None, examples: int) -> 
     return Recipe(make_task(config, teacher), optim, o.ema_decay, config.seed)
 
 
-def _check_batch(size: int, examples: int) -> None:
+def _check_divides(key: str, size: int) -> None:
     devices = jax.device_count()
     if size % devices:
         raise UserError(
-            f"config.data.batch_size={size} does not divide over the {devices} devices: "
+            f"config.{key}={size} does not divide over the {devices} devices: "
             f"choose a multiple of {devices}"
-        )
-    if size > examples:
-        raise UserError(
-            f"config.data.batch_size={size} is more than the {examples} training examples there "
-            "are: lower it"
         )
 
 

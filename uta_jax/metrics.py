@@ -5,7 +5,6 @@ import sys
 import time
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 
@@ -21,6 +20,8 @@ class Writer:
         kept = [row for row in read(path) if row["step"] <= start_step]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", buffering=1)
+        from tensorboardX import SummaryWriter  # here: it imports PyTorch where that is installed
+
         self._board = SummaryWriter(str(workdir), purge_step=start_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -62,9 +62,9 @@ def make_optimizer(recipe: AdamW) -> optax.GradientTransformation:
         mask=decay_mask,
         mu_dtype=jnp.float32,
     )
-    if not recipe.clip_norm:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), adamw)
+    # An identity where nothing is clipped: the state, and so a checkpoint, is built alike.
+    clip = optax.clip_by_global_norm(recipe.clip_norm) if recipe.clip_norm else optax.identity()
+    return optax.chain(clip, adamw)
 
 
 def update_ema(ema, params, decay: float):

@@ -58,13 +58,14 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     Raises UserError for input that does not fit together, before anything is compiled.
     """
     meshes.keep_freed_memory()
-    workdir = make_workdir(workdir)
     configs.check(config)
     source = open_source(config.data.source, config.data.path, config.data.split)
     has_teacher = OBJECTIVES[config.objective].needs_teacher
-    spec = read_spec(config.teacher.path) if has_teacher else None
+    with configs.blame("config.teacher.path"):
+        spec = read_spec(config.teacher.path) if has_teacher else None
     recipe = configs.make_recipe(config, spec, len(source))
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    workdir = make_workdir(workdir)
     with jax.set_mesh(mesh):
         run = prepare(config, recipe, mesh, workdir)
         checkpoints = Checkpoints(workdir, config.train.keep)
@@ -88,11 +89,12 @@ def prepare(config: ConfigDict, recipe: Recipe, mesh, workdir: Path) -> Run:
     """Load the teacher, place its vision tower on the devices, set up the evaluation."""
     frozen, text, provenance = {}, None, {}
     if recipe.task.teacher:
-        teacher = load_clip(config.teacher.path, recipe.task.teacher.vision.image_size)
+        with configs.blame("config.teacher.path"):
+            teacher = load_clip(config.teacher.path, recipe.task.teacher.vision.image_size)
         vision = cast(teacher.params["vision"], recipe.task.teacher_dtype)
         frozen = meshes.place(mesh, {"vision": vision})
         text, provenance = teacher.params["text"], teacher.provenance
-    evaluate = make_evaluator(config, recipe, text)
+    evaluate = make_evaluator(config, recipe, mesh, text)
     return Run(config, recipe, mesh, workdir, frozen, evaluate, provenance)
 
 
@@ -101,12 +103,14 @@ def cast(params: dict, dtype: str) -> dict:
     return jax.tree.map(lambda leaf: np.asarray(leaf).astype(jax.numpy.dtype(dtype)), params)
 
 
-def make_evaluator(config: ConfigDict, recipe: Recipe, teacher_text: dict | None):
+def make_evaluator(config: ConfigDict, recipe: Recipe, mesh, teacher_text: dict | None):
     """The function ``state -> figures`` that the loop calls between updates."""
     if not config.eval.path:
         return lambda state: {}
-    source = open_source(config.eval.source, config.eval.path, config.eval.split)
-    zeroshot = ZeroShot(source, config.eval.templates, config.eval.batch_size)
+    with configs.blame("config.eval"):
+        source = open_source(config.eval.source, config.eval.path, config.eval.split)
+        sharding = meshes.batch_sharding(mesh)
+        zeroshot = ZeroShot(source, config.eval.templates, config.eval.batch_size, sharding)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         params = meshes.fetch(state.ema or state.params)
@@ -118,14 +122,13 @@ def make_evaluator(config: ConfigDict, recipe: Recipe, teacher_text: dict | None
 
 
 def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
-    state, saved = _start(run, checkpoints)
-    step = int(state.step)
-    loader = _make_loader(run, source, step)
+    loader = _make_loader(run, source, checkpoints.latest() or 0)  # checks the data, reads none yet
     try:
+        state, saved = _start(run, checkpoints)
         if saved:
             _check_same(run, loader, saved)
         configs.save_config(run.config, run.workdir / "config.json")
-        with Log(run, checkpoints, step) as log:
+        with Log(run, checkpoints, int(state.step)) as log:
             return _loop(run, state, loader, log, checkpoints)
     finally:
         loader.close()

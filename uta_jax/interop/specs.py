@@ -37,6 +37,7 @@ PIL_FILTERS = {"bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling, as image pr
 
 
 def spec_from_json(values: Any, where: str) -> ClipSpec:
+    """The specification that ``asdict`` made ``values`` of; UserError naming ``where``."""
     top = dict(values) if isinstance(values, dict) else {}
     top["vision"] = _build(VitSpec, top.get("vision"), f"{where}: spec.vision")
     top["text"] = _build(TextSpec, top.get("text"), f"{where}: spec.text")
@@ -85,6 +86,7 @@ def _checked(spec: ClipSpec, where: str) -> ClipSpec:
 
 
 def hf_spec(root: Path) -> ClipSpec:
+    """The specification that a Hugging Face directory describes; UserError if it is not CLIP."""
     where = root / "config.json"
     config = read_json(where)
     kind = config.get("model_type")
