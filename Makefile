@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 	$(BIN)/uta-jax report --workdir=$(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

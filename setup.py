@@ -57,6 +57,6 @@ setup(
             "open_clip_torch==3.3.*",
             "timm==1.0.31",
         ],
-        "dev": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff==0.17.*"],
+        "dev": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff==0.17.*", "emoji>=2.14,<3"],
     },
 )

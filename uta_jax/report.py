@@ -52,7 +52,9 @@ def report(workdir: str | Path) -> dict:
     summary = summarize(rows, figures)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():
-        print(f"{name:15} {value:.4g}" if isinstance(value, float) else f"{name:15} {value}")
+        share = name.endswith("_top1") or name == "chance"
+        shown = f"{value:.2%}" if share else value if isinstance(value, str) else f"{value:.1f}"
+        print(f"{name:15} {shown}")
     return summary
 
 
@@ -126,7 +128,7 @@ def draw_samples(run: SavedRun, path: Path) -> None:
         zip(titles, (image_bhwc, masked, agreement_bgg), strict=True)
     ):
         for axis, picture in zip(axes[row], pictures, strict=True):
-            drawn = axis.imshow(picture, vmin=0, vmax=1, cmap="viridis")
+            drawn = axis.imshow(picture, vmin=agreement_bgg.min(), vmax=1, cmap="viridis")
             axis.set(xticks=[], yticks=[])
         axes[row, 0].set_title(title, loc="left", fontsize=10)
     figure.colorbar(drawn, ax=axes[2], shrink=0.9)

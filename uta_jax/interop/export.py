@@ -129,8 +129,10 @@ def hf_features(
 
 def _hf_model(export_dir: str | Path):
     import torch
+    import transformers
     from transformers import CLIPModel
 
+    transformers.utils.logging.disable_progress_bar()  # a second's work
     model, report = CLIPModel.from_pretrained(
         export_dir, dtype=torch.float32, output_loading_info=True
     )
