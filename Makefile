@@ -38,4 +38,4 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(RUN) build *.egg-info
+	rm -rf $(VENV) build *.egg-info

@@ -20,6 +20,7 @@ def get_config():
     c = default_config()
     c.student.preset = "tiny_clip"
     c.student.dtype = "float32"  # XLA:CPU is no faster in bfloat16
+    c.student.remat = "none"
     c.teacher.path = "asset:tiny_clip"
     c.teacher.dtype = "float32"
     c.mask.kind = "random"

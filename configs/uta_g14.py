@@ -3,11 +3,15 @@
 As ``configs/uta_b16.py``, whose docstring explains the marks. EVA-02 has no g, so the schedule is
 that of EVA-01 g masked image modelling [EVA-01] (baaivision/EVA, EVA-01/eva/README.md).
 
-    uta-jax train --config=configs/uta_g14.py --workdir=runs/uta_g14 --config.mesh.fsdp=16 \\
+    uta-jax train --config=configs/uta_g14.py --workdir=runs/uta_g14 --config.mesh.fsdp=8 \\
         --config.data.path=data/imagenet21k --config.teacher.path=checkpoints/eva01_g14_plus
 
-Expected result and run time: not known, not measured (the authors give their g/14 at 336 px
-83.9 %).
+The named teacher cannot be read yet: only Hugging Face CLIP directories and released UTA weights
+can. Meanwhile give --config.teacher.path one of those; ``configs/uta_b16.py`` says which of them
+let the student be exported.
+
+Never run. Expected result and run time: not known, not measured (the authors give their g/14 at
+336 px 83.9 %).
 """
 
 from uta_b16 import get_config as base_config

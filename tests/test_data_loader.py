@@ -38,7 +38,7 @@ class Memory:
 
 
 def loader(source=None, **options):
-    defaults = {"batch_size": 8, "seed": 1, "image_size": 8, "threads": 1}
+    defaults = {"batch_size": 8, "seed": 1, "image_size": 8, "crop_scale": (0.4, 1), "threads": 1}
     return TrainLoader(Memory(20) if source is None else source, **defaults | options)
 
 

@@ -1,6 +1,7 @@
 """Weights in and out: tables read both ways, strictness, and what is often found in their place."""
 
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from uta_jax import UserError
 from uta_jax.interop import keymaps
 from uta_jax.interop.export import EXPORTS, export
-from uta_jax.interop.files import StoredTensor, open_weights, write_json
+from uta_jax.interop.files import WRITTEN, StoredTensor, open_weights, write_json
 from uta_jax.interop.teacher import convert, load_clip, read_spec, released_spec
 from uta_jax.models.presets import CLIP, VIT, ClipSpec, TextSpec, VitSpec
 
@@ -179,14 +180,54 @@ def test_convert_keeps_everything(exported, tmp_path):
     ]  # fmt: skip
 
 
-def test_convert_replaces_only_when_asked(hf_dir, tmp_path):
-    (tmp_path / "ours").mkdir()
-    (tmp_path / "ours" / "precious").touch()
+def files_below(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_earlier_export_is_replaced_only_when_asked(exported, tmp_path):
+    """By another of the same format, and by a conversion, which leaves none of its files."""
+    fmt, folder = exported
+    before, params = files_below(folder), random_params(SPECS[fmt], seed=1)
     with pytest.raises(UserError, match="already exists"):
-        convert(hf_dir, tmp_path / "ours")
-    assert (tmp_path / "ours" / "precious").exists()
-    convert(hf_dir, tmp_path / "ours", overwrite=True)
-    assert not (tmp_path / "ours" / "precious").exists()
+        export(params, SPECS[fmt], fmt, folder, {})
+    assert files_below(folder) == before
+    export(params, SPECS[fmt], fmt, folder, {}, overwrite=True)
+    assert_equal_trees(load_clip(folder).params, params)
+    convert(folder, tmp_path / "ours")
+    convert(tmp_path / "ours", folder, overwrite=True)
+    assert {p.name for p in folder.iterdir()} == {"spec.json", "weights.safetensors"}
+    assert_equal_trees(load_clip(folder).params, params)
+
+
+def test_every_written_file_may_be_overwritten(exported, tmp_path):
+    fmt, folder = exported
+    convert(folder, tmp_path / "ours")
+    assert {p.name for d in (folder, tmp_path / "ours") for p in d.iterdir()} <= WRITTEN
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("checkpoints/100/state", "checkpoints"),
+        ("metrics.jsonl", "metrics.jsonl"),
+        ("model.safetensors/part", "model.safetensors"),
+    ],
+)
+def test_overwriting_never_deletes_what_no_export_wrote(hf_dir, tmp_path, file, named):
+    """A run, which also has a config.json, say."""
+    run = tmp_path / "run"
+    (run / file).parent.mkdir(parents=True)
+    (run / file).write_text("weeks of work")
+    (run / "config.json").write_text("{}")
+    before = files_below(run)
+    for write in (
+        lambda: convert(hf_dir, run, overwrite=True),
+        lambda: export(random_params(CLIP_SPEC), CLIP_SPEC, "hf", run, {}, overwrite=True),
+    ):
+        with pytest.raises(UserError, match=f"run: not overwritten, .* '{named}'") as error:
+            write()
+        assert "\n" not in str(error.value) and files_below(run) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "run"]
 
 
 def test_failed_convert_leaves_nothing(hf_dir, tmp_path):
@@ -307,7 +348,18 @@ def test_nan(hf_dir):
         ("config.json", {"text_config": {"eos_token_id": 5}}, "eos_token_id=5 must be the last"),
         ("preprocessor_config.json", {"crop_size": 99}, "crop_size 99 is not the image_size 24"),
         ("preprocessor_config.json", {"image_mean": [0.5]}, "must be three numbers"),
+        ("preprocessor_config.json", {"image_mean": [0, 0, math.nan]}, "mean .* finite numbers"),
+        ("preprocessor_config.json", {"image_std": [0.2, 0.0, 0.2]}, "std .* finite numbers > 0"),
+        ("preprocessor_config.json", {"image_std": [0.2, math.nan, 1]}, "std .* finite numbers"),
         ("preprocessor_config.json", {"resample": 0}, "resample=0 must be one of"),
+        ("preprocessor_config.json", {"resample": 2}, "resample=2 must be one of"),
+        ("preprocessor_config.json", {"do_normalize": False}, "do_normalize=False must be true"),
+        ("preprocessor_config.json", {"do_rescale": False}, "do_rescale=False must be true"),
+        ("preprocessor_config.json", {"do_center_crop": False}, "do_center_crop=False must be"),
+        ("preprocessor_config.json", {"rescale_factor": 0.5}, "rescale_factor=0.5 must be 1/255"),
+        ("preprocessor_config.json", {"rescale_factor": "x"}, "rescale_factor='x' must be 1/255"),
+        ("preprocessor_config.json", {"size": 32}, "size 32 is not the image_size 24"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 32}}, "size 32 is not the image"),
     ],
 )
 def test_configuration_mistakes(hf_dir, file, changes, message):
@@ -315,6 +367,61 @@ def test_configuration_mistakes(hf_dir, file, changes, message):
     with pytest.raises(UserError, match=message) as error:
         load_clip(hf_dir)
     assert str(hf_dir) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [24, {"shortest_edge": 24}])
+@pytest.mark.parametrize("crop_size", [24, {"height": 24, "width": 24}])
+def test_image_processors_of_any_age(hf_dir, size, crop_size):
+    """Early ones wrote plain numbers and left out what they always did."""
+    statistics = {"image_mean": CLIP_SPEC.mean, "image_std": CLIP_SPEC.std}
+    processor = {"size": size, "crop_size": crop_size, "do_resize": True, "resample": 3}
+    write_json(hf_dir / "preprocessor_config.json", processor | statistics)
+    assert read_spec(hf_dir) == CLIP_SPEC
+
+
+def test_the_whole_processors_file(hf_dir):
+    """transformers 5 saves a CLIPProcessor as one file, whose sections win over the old file."""
+    alone = json.loads((hf_dir / "preprocessor_config.json").read_text())
+    section = alone | {"image_mean": [0.1, 0.2, 0.3]}
+    write_json(hf_dir / "processor_config.json", {"image_processor": section})
+    assert read_spec(hf_dir) == replace(CLIP_SPEC, mean=(0.1, 0.2, 0.3))
+    write_json(hf_dir / "processor_config.json", {"processor_class": "CLIPProcessor"})
+    assert read_spec(hf_dir) == CLIP_SPEC
+    write_json(hf_dir / "processor_config.json", {"image_processor": section | {"resample": 2}})
+    with pytest.raises(UserError, match="processor_config.json: resample=2"):
+        read_spec(hf_dir)
+
+
+def test_squashed_images_are_refused(hf_dir):
+    path = hf_dir / "preprocessor_config.json"
+    write_json(path, {"size": {"height": 24, "width": 24}})
+    with pytest.raises(UserError, match="must give the shortest_edge"):
+        read_spec(hf_dir)
+
+
+@pytest.mark.parametrize("name", [3, None, ["a"], "../model.safetensors"])
+def test_shard_names_are_file_names(hf_dir, name):
+    (hf_dir / "model.safetensors").unlink()
+    names = {"a": "model-0.safetensors", "b": name}
+    write_json(hf_dir / "model.safetensors.index.json", {"weight_map": names})
+    with pytest.raises(UserError, match="index.json: .* is not a file name"):
+        load_clip(hf_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"interpolation": "bilinear"}, "interpolation 'bilinear' is not supported"),
+        ({"std": (0.2, 0.0, 0.2)}, "image std .* must be three finite numbers > 0"),
+        ({"std": (0.2, math.nan, 0.2)}, "image std .* must be three finite numbers > 0"),
+        ({"mean": (math.inf, 0.0, 0.2)}, "image mean .* must be three finite numbers"),
+    ],
+)
+def test_statistics_on_record(hf_dir, tmp_path, changes, message):
+    convert(hf_dir, tmp_path / "ours")
+    edit_json(tmp_path / "ours" / "spec.json", spec=asdict(CLIP_SPEC) | changes)
+    with pytest.raises(UserError, match=message):
+        read_spec(tmp_path / "ours")
 
 
 @pytest.mark.parametrize(

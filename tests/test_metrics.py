@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from uta_jax import UserError
 from uta_jax.metrics import Meter, Writer, read
 
 
@@ -24,6 +25,39 @@ def test_a_half_written_row_is_left_out(tmp_path):
     path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
     assert read(path) == [{"step": 1}]
     assert read(tmp_path / "absent.jsonl") == []
+
+
+def test_a_row_without_its_newline_counts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    assert read(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("bad", ['{"step": 2, "lo', "", "12", "[]", '{"loss": 1.0}', "\0\0"])
+def test_a_damaged_row_is_named_and_nothing_is_dropped(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    text = f'{{"step": 1}}\n{bad}\n{{"step": 3}}\n'
+    path.write_text(text)
+    with pytest.raises(UserError, match="metrics.jsonl: line 2 is damaged") as error:
+        Writer(tmp_path, 3)
+    assert "\n" not in str(error.value) and path.read_text() == text
+
+
+def test_a_kill_while_the_file_is_cut_loses_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("uta_jax.metrics.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Writer(tmp_path, 1)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    monkeypatch.undo()
+    Writer(tmp_path, 1).close()
+    assert read(path) == [{"step": 1}]
+    assert not (tmp_path / "metrics.jsonl.tmp").exists()
 
 
 def test_meter_means_and_rate(monkeypatch):

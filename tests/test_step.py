@@ -1,5 +1,6 @@
 """The sharded step: the same numbers on every mesh, and really sharded."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -28,13 +29,16 @@ def _batches(count=STEPS, batch=16):
         yield {"image": rng.integers(0, 256, (batch, 64, 64, 3), dtype=np.uint8)}
 
 
-def _train(data: int, fsdp: int, steps: int = STEPS):
+def _train(data: int, fsdp: int, steps: int = STEPS, recipe: Recipe = RECIPE):
     """(losses, state, frozen) of ``steps`` updates on the first data * fsdp devices."""
     devices = mesh.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
     with jax.set_mesh(devices):
         teacher = mesh.fetch(init_vit(VISION, jax.random.key(9)))
+        teacher = jax.tree.map(
+            lambda x: x.astype(jax.numpy.dtype(recipe.task.teacher_dtype)), teacher
+        )
         frozen = mesh.place(devices, {"vision": teacher})
-        state, update = init_state(RECIPE, devices), compile_step(RECIPE, devices, frozen)
+        state, update = init_state(recipe, devices), compile_step(recipe, devices, frozen)
         losses = []
         for batch in _batches(steps):
             state, metrics = update(
@@ -83,6 +87,33 @@ def test_the_teacher_is_bitwise_unchanged_and_nowhere_in_the_state(single):
     jax.tree.map(np.testing.assert_array_equal, mesh.fetch(frozen)["vision"], before)
     arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert len(arrays) == 4 * len(jax.tree.leaves(before))  # params, average, two moments: students
+
+
+def test_bfloat16_trains_like_float32_with_float32_state(single):
+    half = replace(TASK, dtype="bfloat16", teacher_dtype="bfloat16", remat="names")
+    losses, state, _, _ = _train(4, 2, recipe=replace(RECIPE, task=half))
+    np.testing.assert_allclose(losses, single[0], atol=0.02)
+    for leaf in jax.tree.leaves(state):
+        assert leaf.dtype in (np.float32, np.int32)
+
+
+def test_no_device_works_on_the_whole_batch():
+    """Tables are gathered like kernels; their width sharding must not spread to activations."""
+    devices, batch = mesh.make_mesh(1, 8), 32
+    text = presets.TextSpec(12, 96, 32, 2, 2, 64, 16)
+    task = Task("contrastive", VISION, CLIP.mean, CLIP.std, text=text)
+    recipe = replace(RECIPE, task=task)
+    with jax.set_mesh(devices):
+        arrays = {
+            "image": np.zeros((batch, 64, 64, 3), np.uint8),
+            "text": np.ones((batch, text.context), np.int32),
+        }
+        placed = jax.device_put(arrays, mesh.batch_sharding(devices))
+        step = compile_step(recipe, devices, {})
+        hlo = step.lower(init_state(recipe, devices), {}, placed).compile().as_text()
+    moved = re.findall(r"= \w+\[(\d+)[^ ]* (?:all-gather|all-reduce|all-to-all)", hlo)
+    assert moved  # there are collectives
+    assert not {batch * text.context, batch * (1 + VISION.tokens)} & set(map(int, moved))
 
 
 def test_the_average_follows_the_parameters(single):

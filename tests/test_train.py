@@ -128,11 +128,40 @@ def test_resuming_refuses_other_data_and_another_teacher(config, tmp_path):
     training.train(config, workdir)  # and with the mistakes mended it goes on
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(config, tmp_path):
-    config.optim.lr = 1e30
-    config.optim.clip_norm = 0.0
-    with pytest.raises(FloatingPointError, match="step"):
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(config, tmp_path, monkeypatch):
+    good = training.compile_step
+
+    def compile_bad(*args):
+        update = good(*args)
+
+        def bad(state, frozen, batch):
+            step = int(state.step)
+            state, values = update(state, frozen, batch)
+            return state, values | ({"grad_norm": np.float32("nan")} if step == 2 else {})
+
+        return bad
+
+    monkeypatch.setattr(training, "compile_step", compile_bad)
+    with pytest.raises(FloatingPointError, match="step 3"):
         training.train(config, tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run")
-    assert (checkpoints.latest() or 0) < STEPS
+    assert checkpoints.latest() == 2
     checkpoints.close()
+
+
+def test_an_evaluation_lost_to_an_interruption_is_made_up(config, tmp_path, monkeypatch, capsys):
+    def lost(*_):
+        raise _Interrupted
+
+    config.train.steps = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Log, "scored", lost)
+        with pytest.raises(_Interrupted):
+            training.train(config, tmp_path / "run")
+    config.optim.end_lr = 0.0
+    figures = training.train(config, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "zeroshot/top1" in figures and "RESUMED at step 2 of 2" in out
+    assert "CHANGED from step 2 on: config.optim.end_lr: 1e-05 -> 0.0" in out
+    assert sum("zeroshot/top1" in row for row in _rows(tmp_path / "run")) == 1
+    assert training.train(config, tmp_path / "run") == {}  # nothing is owed any more

@@ -40,7 +40,7 @@ def _add_method(c: ConfigDict) -> None:
     c.student.preset = "uta_b16"  # a key of presets.VIT (contrastive: of presets.CLIP)
     c.student.image_size = 0  # pixels; 0: the preset's own
     c.student.dtype = "bfloat16"  # of matrix products; parameters are always float32
-    c.student.remat = "none"  # a key of vit.REMAT
+    c.student.remat = "names"  # a key of vit.REMAT; none also keeps gathered shards of every layer
 
     c.teacher = ConfigDict()
     c.teacher.path = ""  # checkpoint directory or file, or asset:NAME
@@ -209,13 +209,19 @@ def make_recipe(config: ConfigDict, teacher: ClipSpec | None, examples: int) -> 
     """
     check(config)
     _check_divides("data.batch_size", config.data.batch_size)
-    _check_divides("eval.batch_size", config.eval.batch_size)
+    if config.eval.path:
+        _check_divides("eval.batch_size", config.eval.batch_size)
     if config.data.batch_size > examples:
         raise UserError(
             f"config.data.batch_size={config.data.batch_size} is more than the {examples} training "
             "examples there are: lower it"
         )
     o, run = config.optim, config.train
+    for key in ("start_lr", "end_lr"):
+        if o[key] > o.lr:
+            raise UserError(
+                f"config.optim.{key}={o[key]} is above the peak config.optim.lr={o.lr}: lower it"
+            )
     steps = run.steps or _steps(run.epochs, config, examples)
     if not steps:
         raise UserError(
@@ -317,6 +323,15 @@ def _teacher_spec(config: ConfigDict, student, teacher: ClipSpec) -> presets.Vit
             + (f" or {other}" if size % patch == 0 else "")
         )
     return presets.resized(teacher.vision, size)
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    """Dotted key -> value, over all sections."""
+    flat = {}
+    for key, value in config.items():
+        section = isinstance(value, ConfigDict)
+        flat |= leaves(value, f"{prefix}{key}.") if section else {prefix + key: value}
+    return flat
 
 
 def save_config(config: ConfigDict, path: Path) -> None:

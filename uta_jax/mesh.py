@@ -6,6 +6,7 @@ product.
 """
 
 import ctypes
+import os
 import re
 
 import jax
@@ -31,7 +32,18 @@ LAYOUT: tuple[tuple[str, P], ...] = (
 )
 
 
-def keep_freed_memory() -> None:
+def start_up() -> None:
+    """Settle what has to be settled before the first array; for the whole process.
+
+    Several devices made of one CPU run their programs one by one: with programs in flight, a
+    collective can wait for a thread that the next program holds, and XLA ends the process.
+    """
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
     """On CPU, let the C allocator keep what XLA frees after each step; elsewhere, do nothing.
 
     glibc hands large blocks back to the kernel and the next step faults every page in again, which
@@ -47,13 +59,16 @@ def keep_freed_memory() -> None:
 def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mesh:
     """A ``data`` x ``fsdp`` mesh over ``devices`` (default: all); -1 takes what the other leaves.
 
-    Raises UserError where the product is not the number of devices.
+    Raises UserError where the product is not the number of devices, or there are several processes.
     """
+    if jax.process_count() > 1:
+        raise UserError(f"{jax.process_count()} processes: runs of one process only, for now")
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp]
-    if sizes.count(-1) == 1:
-        known = -data * fsdp  # the product of the other size, as the two multiply to its negative
-        sizes[sizes.index(-1)] = len(devices) // max(known, 1)
+    if data == -1:
+        sizes[0] = len(devices) // max(fsdp, 1)
+    elif fsdp == -1:
+        sizes[1] = len(devices) // max(data, 1)
     if min(sizes) < 1 or sizes[0] * sizes[1] != len(devices):
         raise UserError(
             f"mesh.data={data} x mesh.fsdp={fsdp} must multiply to the {len(devices)} devices "
@@ -115,6 +130,7 @@ def gather(x: jax.Array) -> jax.Array:
 
     Left alone, the partitioner may turn each product with a sharded kernel into a ring of partial
     products, which the TPU compiler's own model puts at 2.9 times the cycles of gathering first.
+    Its transpose asks the same of the gradient, which so crosses devices in the compute dtype.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x

@@ -1,11 +1,14 @@
 """Where numbers go: ``metrics.jsonl`` (the truth), TensorBoard, and the progress bar."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
+
+from uta_jax import UserError
 
 
 class Writer:
@@ -18,7 +21,10 @@ class Writer:
     def __init__(self, workdir: Path, start_step: int):
         path = Path(workdir) / "metrics.jsonl"
         kept = [row for row in read(path) if row["step"] <= start_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        # The file is the only copy: it is replaced whole, so that no kill can leave half of it.
+        new = path.with_name(path.name + ".tmp")
+        new.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(new, path)
         self._file = path.open("a", buffering=1)
         from tensorboardX import SummaryWriter  # here: it imports PyTorch where that is installed
 
@@ -37,14 +43,26 @@ class Writer:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a ``metrics.jsonl``, [] if there is none, without a half-written last one."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """The rows of a ``metrics.jsonl``, [] if there is none, without a half-written last one.
+
+    Raises UserError naming the line where any other is not an object with a ``step``.
+    """
+    if not path.exists():
+        return []
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = [_row(line) for line in lines]
+    if None in rows:
+        number = rows.index(None) + 1
+        raise UserError(f"{path}: line {number} is damaged; mend or delete it, the rest is kept")
+    return rows if (end := _row(last)) is None else [*rows, end]
+
+
+def _row(line: str) -> dict | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 class Meter:

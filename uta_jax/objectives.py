@@ -5,6 +5,7 @@ state can reach it), ``task`` the static facts. Losses and cosines are fp32 what
 compute in.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from uta_jax.models.presets import ClipSpec, TextSpec, VitSpec
 from uta_jax.models.text import TextTower, init_text
 from uta_jax.models.vit import Vit, gather_tokens, init_vit
 
-MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
+MAX_LOG_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss, and the initialiser of the parameters that it trains."""
+    """A loss, the initialiser of the parameters that it trains, and where these may go."""
 
     loss: Callable[[dict, dict, dict, Array, Task], tuple[Array, dict]]
     init: Callable[[Array, Task], dict]
     needs_teacher: bool
     needs_text: bool
+    bound: Callable[[dict], dict] = lambda params: params  # applied to them after each update
 
 
 def cosine(a: Array, b: Array) -> Array:
@@ -120,9 +122,10 @@ def contrastive(
 ) -> tuple[Array, dict]:
     """CLIP's softmax loss (Radford et al. 2021, figure 3) over the global batch.
 
-        logits = min(exp(s), 100) I T'     loss = (CE(logits, diagonal) + CE(logits', diagonal)) / 2
+        logits = exp(s) I T'     loss = (CE(logits, diagonal) + CE(logits', diagonal)) / 2
 
-    I, T: L2-normalised image (CLS) and text features [b, e]; s: the learned log scale.
+    I, T: L2-normalised image (CLS) and text features [b, e]; s: the learned log scale, held in
+    [0, ln 100] after each update (``_bound_scale``).
     """
     del frozen, rng
     vit, variables = task.vit(), {"params": params["vision"]}
@@ -130,8 +133,8 @@ def contrastive(
     image_be = normalize(vit.apply(variables, tokens_bnd[:, 0], method="project"))
     text = TextTower(task.text, jnp.dtype(task.dtype))
     text_be = normalize(text.apply({"params": params["text"]}, batch["text"]))
-    scale = jnp.minimum(jnp.exp(params["logit_scale"]), MAX_LOGIT_SCALE)
-    logits_bb = scale * image_be @ text_be.T
+    scale = jnp.exp(params["logit_scale"])
+    logits_bb = scale * jnp.matmul(image_be, text_be.T, precision="highest")
     place_b = jnp.arange(logits_bb.shape[0])
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
     loss_b = (cross_entropy(logits_bb, place_b) + cross_entropy(logits_bb.T, place_b)) / 2
@@ -152,7 +155,14 @@ def _init_clip(key: Array, task: Task) -> dict:
     }
 
 
+def _bound_scale(params: dict) -> dict:
+    """The parameter itself is clipped: clipped in the loss, its gradient would vanish beyond."""
+    return params | {"logit_scale": jnp.clip(params["logit_scale"], 0.0, MAX_LOG_SCALE)}
+
+
 OBJECTIVES: dict[str, Objective] = {
     "uta": Objective(uta, _init_student, needs_teacher=True, needs_text=False),
-    "contrastive": Objective(contrastive, _init_clip, needs_teacher=False, needs_text=True),
+    "contrastive": Objective(
+        contrastive, _init_clip, needs_teacher=False, needs_text=True, bound=_bound_scale
+    ),
 }

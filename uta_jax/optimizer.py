@@ -9,7 +9,7 @@ import optax
 from uta_jax import mesh
 
 # Path of a parameter -> whether weight decay pulls on it. Biases, norms, positions, CLS and scales
-# do not decay in EVA, MAE or CLIP; the stacked depth axis makes the usual test on the rank
+# do not decay (EVA's choice); the stacked depth axis makes the usual test on the rank
 # meaningless.
 DECAY: tuple[tuple[str, bool], ...] = (
     (r"(bias|scale|pos_embed|cls_token|logit_scale)$", False),

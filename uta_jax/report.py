@@ -15,6 +15,7 @@ from uta_jax.evals import evaluate
 from uta_jax.interop.export import export
 from uta_jax.masking import sample
 from uta_jax.objectives import cosine, student_input, teacher_tokens
+from uta_jax.step import step_key
 
 matplotlib.use("Agg")  # files only: no display is needed
 
@@ -27,7 +28,11 @@ def export_run(
     """Export the newest student of ``workdir``; the model card says what the folder knows of it."""
     run = load_run(workdir)
     config = run.config
-    card = {"objective": config.objective, "steps": run.meta["step"], "data": config.data.path}
+    card = {
+        "objective": config.objective,
+        "steps": run.meta["step"],
+        "data": Path(config.data.path).name,
+    }
     if run.teacher:
         card |= {f"teacher {key}": value for key, value in run.teacher.provenance.items()}
     scores = [r for r in metrics.read(Path(workdir) / "metrics.jsonl") if "zeroshot/top1" in r]
@@ -114,7 +119,7 @@ def draw_samples(run: SavedRun, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     image_bhwc = _training_crops(run)
-    keep_bk = np.asarray(_masks(run, len(image_bhwc)))
+    keep_bk = np.asarray(_masks(run))
     agreement_bgg = _agreement(run, image_bhwc)
     size = run.task.student.patch_size
     shown_bn = np.zeros((len(image_bhwc), run.task.student.tokens), bool)
@@ -152,9 +157,10 @@ def _training_crops(run: SavedRun) -> np.ndarray:
     return batch["image"]
 
 
-def _masks(run: SavedRun, batch: int) -> jax.Array:
-    key = jax.random.key(run.config.seed)
-    return sample(key, batch, run.task.student.grid, run.task.mask)
+def _masks(run: SavedRun) -> jax.Array:
+    """The kept patches of the same images in the run's first update."""
+    key = step_key(run.config.seed, 0)
+    return sample(key, run.config.data.batch_size, run.task.student.grid, run.task.mask)[:_COLUMNS]
 
 
 def _agreement(run: SavedRun, image_bhwc: np.ndarray) -> np.ndarray:

@@ -48,13 +48,13 @@ def train_step(
     Randomness comes from (seed, step) alone, so a resumed run draws what the uninterrupted one
     would have drawn.
     """
-    rng = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-    objective = OBJECTIVES[recipe.task.objective].loss
-    (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(
+    rng = step_key(recipe.seed, state.step)
+    objective = OBJECTIVES[recipe.task.objective]
+    (loss, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
         state.params, frozen, batch, rng, recipe.task
     )
     updates, opt_state = make_optimizer(recipe.optim).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = objective.bound(optax.apply_updates(state.params, updates))
     ema = update_ema(state.ema, params, recipe.ema_decay) if recipe.ema_decay else state.ema
     metrics |= {
         "loss": loss,
@@ -65,8 +65,13 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
+def step_key(seed: int, step: Array | int) -> Array:
+    """The key of an update's randomness; ``step`` counts the updates before it."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
 def init_state(recipe: Recipe, mesh: Mesh) -> TrainState:
-    """A fresh state, created in its final layout: no device ever holds a whole copy.
+    """A fresh state, created in its final layout.
 
     The shardings are given explicitly: left to itself, ``jit`` replicates the optimizer's moments.
     """
@@ -92,7 +97,7 @@ def param_shapes(task: Task) -> dict:
 
 
 def _fresh_state(recipe: Recipe) -> TrainState:
-    key = jax.random.fold_in(jax.random.key(recipe.seed), 2**32 - 1)  # no step has this number
+    key = step_key(recipe.seed, 2**32 - 1)  # no step has this number
     params = OBJECTIVES[recipe.task.objective].init(key, recipe.task)
     ema = params if recipe.ema_decay else {}
     return TrainState(jnp.int32(0), params, make_optimizer(recipe.optim).init(params), ema)

@@ -25,7 +25,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from uta_jax import UserError
+from uta_jax import UserError, metrics
 from uta_jax import config as configs
 from uta_jax import mesh as meshes
 from uta_jax.checkpoint import Checkpoints
@@ -33,6 +33,7 @@ from uta_jax.data.loader import TrainLoader
 from uta_jax.data.sources import open_source
 from uta_jax.data.tokenizer import Tokenizer
 from uta_jax.evals.zeroshot import ZeroShot
+from uta_jax.interop.export import fitting_formats
 from uta_jax.interop.teacher import load_clip, read_spec
 from uta_jax.metrics import Meter, Writer, progress_bar
 from uta_jax.objectives import OBJECTIVES
@@ -55,9 +56,10 @@ class Run:
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     """Train ``config`` in ``workdir``, resuming what stands there; returns the last figures.
 
-    Raises UserError for input that does not fit together, before anything is compiled.
+    Raises UserError for input that does not fit together, before anything is compiled. Changes how
+    this process allocates memory and, with several CPU devices, dispatches (``mesh.start_up``).
     """
-    meshes.keep_freed_memory()
+    meshes.start_up()
     configs.check(config)
     source = open_source(config.data.source, config.data.path, config.data.split)
     has_teacher = OBJECTIVES[config.objective].needs_teacher
@@ -127,8 +129,10 @@ def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
         state, saved = _start(run, checkpoints)
         if saved:
             _check_same(run, loader, saved)
-        configs.save_config(run.config, run.workdir / "config.json")
+        _record_config(run, int(state.step))
         with Log(run, checkpoints, int(state.step)) as log:
+            if saved and _evaluates(run, int(state.step)) and not log.has_scores:
+                log.scored(int(state.step), run.evaluate(state))  # lost to the interruption
             return _loop(run, state, loader, log, checkpoints)
     finally:
         loader.close()
@@ -153,7 +157,7 @@ def _make_loader(run: Run, source, start_step: int) -> TrainLoader:
 def _check_same(run: Run, loader: TrainLoader, saved: dict) -> None:
     """Refuse to go on with other data or another teacher than the run began with."""
     loader.check_state(saved["data"])
-    if saved["teacher"] != run.provenance:
+    if saved["teacher"].get("sha256") != run.provenance.get("sha256"):
         raise UserError(
             f"config.teacher.path={run.config.teacher.path} is not the teacher this run began with "
             f"({saved['teacher']}): use that one, or another workdir"
@@ -170,8 +174,25 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
         return state, saved
     state = init_state(run.recipe, run.mesh)
     count = parameter_overview.count_parameters(state.params)
-    print(f"FRESH START in {run.workdir}: {count:,} parameters to train", flush=True)
+    fits = ", ".join(fitting_formats(run.recipe.task.clip)) or "no format: see README, Limits"
+    print(f"FRESH START in {run.workdir}: {count:,} parameters to train; exports as {fits}")
     return state, {}
+
+
+def _record_config(run: Run, step: int) -> None:
+    """Write the run's configuration; a resumed run says first what it changes."""
+    path = run.workdir / "config.json"
+    if step and path.exists():
+        before = configs.leaves(configs.load_config(path))
+        for key, value in configs.leaves(run.config).items():
+            if value != before[key]:
+                print(f"CHANGED from step {step} on: config.{key}: {before[key]} -> {value}")
+    configs.save_config(run.config, path)
+
+
+def _evaluates(run: Run, step: int) -> bool:
+    every = run.config.train.eval_every
+    return step == run.recipe.optim.total_steps or bool(every and step % every == 0)
 
 
 class Log:
@@ -182,6 +203,10 @@ class Log:
         self._every, self._total = run.config.train.log_every, run.recipe.optim.total_steps
         self._checkpoints, self._pending = checkpoints, None
         self._writer = Writer(run.workdir, step)
+        self.has_scores = any(
+            "zeroshot/top1" in row and row["step"] == step
+            for row in metrics.read(run.workdir / "metrics.jsonl")
+        )
         self._meter = Meter(run.config.data.batch_size)
         self._bar = progress_bar(self._total, step)
 
@@ -192,10 +217,10 @@ class Log:
         self._bar.close()
         self._writer.close()
 
-    def dispatched(self, step: int, metrics: dict, data_wait_s: float) -> None:
+    def dispatched(self, step: int, values: dict, data_wait_s: float) -> None:
         """Note the update just dispatched, after settling the one before it."""
         self.settle()
-        self._pending = (step, metrics, data_wait_s)
+        self._pending = (step, values, data_wait_s)
 
     def settle(self) -> None:
         """Wait for the update noted last and count its metrics.
@@ -204,8 +229,8 @@ class Log:
         """
         if self._pending is None:
             return
-        (step, metrics, data_wait_s), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        (step, values, data_wait_s), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
         if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(
                 f"step {step}: metrics are not finite: {values}. The newest checkpoint is that of "
@@ -246,14 +271,14 @@ def _loop(run: Run, state, loader, log: Log, checkpoints: Checkpoints) -> dict[s
     update, step = compile_step(run.recipe, run.mesh, run.frozen), int(state.step)
     while step < total:
         batch = next(loader)
-        state, metrics = update(state, run.frozen, batch)
+        state, values = update(state, run.frozen, batch)
         step += 1
-        log.dispatched(step, metrics, loader.data_wait_s)
+        log.dispatched(step, values, loader.data_wait_s)
         if step % config.save_every == 0 or step == total:
             log.settle()
             with log.aside():
                 checkpoints.save(state, {"data": loader.state(step), "teacher": run.provenance})
-        if step == total or (config.eval_every and step % config.eval_every == 0):
+        if _evaluates(run, step):
             log.settle()
             with log.aside():
                 log.scored(step, run.evaluate(state))

@@ -59,7 +59,7 @@ class TrainLoader:
         batch_size: int,
         seed: int,
         image_size: int,
-        crop_scale: tuple[float, float] = (0.4, 1.0),
+        crop_scale: tuple[float, float],
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
         tokenizer: Tokenizer | None = None,

@@ -188,5 +188,5 @@ def open_source(kind: str, path: str | os.PathLike, split: str) -> Source:
       UserError: unknown kind, or nothing usable at path.
     """
     if kind not in SOURCES:
-        raise UserError(f"data.kind={kind!r}: must be one of {sorted(SOURCES)}")
+        raise UserError(f"data.source={kind!r}: must be one of {sorted(SOURCES)}")
     return SOURCES[kind](path, split)

@@ -5,7 +5,8 @@ name in every template, each text feature L2-normalised, averaged over the templ
 again; the image feature is CLS; the class with the highest cosine wins.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from uta_jax import UserError
 from uta_jax.data.loader import eval_batches
 from uta_jax.data.tokenizer import Tokenizer
 from uta_jax.data.transforms import to_input
+from uta_jax.mesh import replicated
 from uta_jax.models.presets import ClipSpec, TextSpec
 from uta_jax.models.text import TextTower
 from uta_jax.models.vit import Vit
@@ -34,28 +36,28 @@ def class_weights(text_features_ce: Array, templates: int) -> Array:
     return normalize(unit.mean(axis=1))
 
 
-def encode_text(params: dict, spec: TextSpec, ids_bl: np.ndarray) -> Array:
-    """Text features [b, e] in fp32, not normalised. ``params``: the text tower's."""
-    return jax.jit(TextTower(spec).apply)({"params": params}, jnp.asarray(ids_bl))
+@partial(jax.jit, static_argnames="spec")
+def encode_text(params: dict, ids_bl: Array, spec: TextSpec) -> Array:
+    """Text features fp32 [b, e], not normalised. ``params``: the text tower's."""
+    return TextTower(spec).apply({"params": params}, ids_bl)
 
 
-def image_encoder(spec: ClipSpec, dtype: str = "float32") -> Callable[[dict, Array], Array]:
-    """A jitted (vision params, uint8 [b, h, w, 3]) -> CLS features [b, e], not normalised."""
-    vit = Vit(spec.vision, jnp.dtype(dtype))
+@partial(jax.jit, static_argnames="spec")
+def encode_images(params: dict, image_bhwc: Array, spec: ClipSpec) -> Array:
+    """uint8 images [b, h, w, 3] -> CLS features fp32 [b, e], not normalised.
 
-    @jax.jit
-    def encode(params: dict, image_bhwc: Array) -> Array:
-        image = to_input(image_bhwc, spec.mean, spec.std, spec.vision.image_size, jnp.dtype(dtype))
-        tokens_bnd = vit.apply({"params": params}, image, method="encode")
-        return vit.apply({"params": params}, tokens_bnd[:, 0], method="project")
-
-    return encode
+    ``params``: the vision tower's.
+    """
+    vit, variables = Vit(spec.vision), {"params": params}
+    image = to_input(image_bhwc, spec.mean, spec.std, spec.vision.image_size, jnp.float32)
+    tokens_bnd = vit.apply(variables, image, method="encode")
+    return vit.apply(variables, tokens_bnd[:, 0], method="project")
 
 
 @jax.jit
 def _correct(features_be: Array, weights_ce: Array, label_b: Array) -> tuple[Array, Array]:
     """Whether the right class is first, and among the first five."""
-    logits_bc = normalize(features_be) @ weights_ce.T
+    logits_bc = jnp.matmul(normalize(features_be), weights_ce.T, precision="highest")
     _, best_bk = jax.lax.top_k(logits_bc, min(5, logits_bc.shape[1]))
     hit_bk = best_bk == label_b[:, None]
     return hit_bk[:, 0], hit_bk.any(axis=1)
@@ -86,13 +88,18 @@ class ZeroShot:
             raise UserError("zero-shot evaluation needs class names: the data set has no labels")
         self._source, self._sharding = source, sharding
         self._templates, self._batch_size = templates, batch_size
-        self._encoders = {}
 
     def __call__(self, spec: ClipSpec, params: dict) -> dict[str, float]:
-        encode = self._encoders.setdefault(spec.vision, image_encoder(spec))
-        features = encode_text(params["text"], spec.text, self.prompt_ids(spec.text.context))
-        scored = ((encode(params["vision"], b["image"]), b) for b in self.batches(spec))
-        return self.score(features, scored)
+        vision, text = (self._place(params[tower]) for tower in ("vision", "text"))
+        ids_bl = self.prompt_ids(spec.text.context)
+        starts = range(0, len(ids_bl), self._batch_size)
+        features = [encode_text(text, ids_bl[i : i + self._batch_size], spec.text) for i in starts]
+        scored = ((encode_images(vision, b["image"], spec), b) for b in self.batches(spec))
+        return self.score(jnp.concatenate(features), scored)
+
+    def _place(self, params: dict) -> dict:
+        """Once on the devices instead of with every batch."""
+        return jax.device_put(params, self._sharding and replicated(self._sharding.mesh))
 
     def score(self, text_features: Array, scored: Iterable[tuple[Array, dict]]) -> dict[str, float]:
         """``accuracy`` from the features of ``prompt_ids``, by whatever model they were made."""

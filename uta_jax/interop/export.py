@@ -94,7 +94,7 @@ def model_card(
     }
     rows = [f"| {key} | {value} |" for key, value in {**card, **expects}.items()]
     lines = ["---", *licence, "tags: [clip, uta-jax]", "---", f"# {name}", ""]
-    lines += ["A CLIP whose vision tower was trained by uta-jax.", "", "| | |", "|---|---|", *rows]
+    lines += ["A CLIP trained by uta-jax.", "", "| | |", "|---|---|", *rows]
     return "\n".join([*lines, "", "```python", target.usage, "```", ""])
 
 

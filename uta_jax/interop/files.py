@@ -22,6 +22,20 @@ from uta_jax import UserError
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
+# Every file that an export or a conversion writes: overwriting replaces these and nothing else.
+WRITTEN = frozenset(
+    {
+        "README.md",
+        "config.json",
+        "preprocessor_config.json",
+        "model.safetensors",
+        "spec.json",
+        "weights.safetensors",
+        "uta.safetensors",
+    }
+)
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file: its shape at once, its values when asked for."""
@@ -156,11 +170,22 @@ def sha256(*paths: Path) -> str:
 
 
 def check_free(directory: Path, overwrite: bool) -> None:
-    """Raise UserError where something already lies at ``directory`` and may not be replaced."""
-    if directory.exists() and not directory.is_dir():
+    """Raise UserError where something already lies at ``directory`` and may not be replaced.
+
+    ``overwrite`` allows to replace an earlier export or conversion, never a run or another folder.
+    """
+    if not directory.exists():
+        return
+    if not directory.is_dir():
         raise UserError(f"{directory}: is a file; give a directory")
-    if directory.exists() and not overwrite:
+    if not overwrite:
         raise UserError(f"{directory}: already exists; remove it or ask for overwrite")
+    strangers = [p.name for p in directory.iterdir() if p.name not in WRITTEN or not p.is_file()]
+    if strangers:
+        raise UserError(
+            f"{directory}: not overwritten, for it holds {min(strangers)!r}, which no export or "
+            "conversion writes; give another directory"
+        )
 
 
 @contextmanager
@@ -175,6 +200,7 @@ def whole_dir(directory: Path, overwrite: bool = False) -> Iterator[Path]:
             yield work
         except (OSError, SafetensorError) as error:
             raise UserError(f"{directory}: nothing written ({error})") from error
+        check_free(directory, overwrite)  # again: writing takes a while
         try:
             if directory.exists():
                 directory.rename(old)

@@ -1,5 +1,6 @@
 """Specifications on disk: our own JSON, and the configuration files of Hugging Face, both ways."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from difflib import get_close_matches
@@ -33,7 +34,10 @@ HF_TEXT: dict[str, tuple[str, Any]] = {
     "layer_norm_eps": ("ln_eps", 1e-5),
 }
 HF_MODEL_TYPES = ("clip",)
-PIL_FILTERS = {"bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling, as image processors write it
+# PIL.Image.Resampling, as image processors write it. Evaluation resizes by no other filter.
+PIL_FILTERS = {"bicubic": 3}
+# What evaluation always does, and so must an image processor, where its file names it.
+PROCESSOR_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 
 def spec_from_json(values: Any, where: str) -> ClipSpec:
@@ -76,7 +80,14 @@ def _checked(spec: ClipSpec, where: str) -> ClipSpec:
                 f"{where}: activation {tower.act!r} is not supported ({', '.join(ACTIVATIONS)} are)"
             )
     if spec.interpolation not in PIL_FILTERS:
-        raise UserError(f"{where}: interpolation {spec.interpolation!r}: {', '.join(PIL_FILTERS)}")
+        raise UserError(
+            f"{where}: interpolation {spec.interpolation!r} is not supported "
+            f"({', '.join(PIL_FILTERS)} is)"
+        )
+    if not all(map(math.isfinite, spec.mean)):
+        raise UserError(f"{where}: image mean {spec.mean} must be three finite numbers")
+    if not all(0 < x < math.inf for x in spec.std):
+        raise UserError(f"{where}: image std {spec.std} must be three finite numbers > 0")
     if spec.vision.image_size % spec.vision.patch_size:
         raise UserError(
             f"{where}: patch size {spec.vision.patch_size} does not divide image size "
@@ -140,26 +151,47 @@ def _side(value: Any, where: str) -> int:
 
 
 def _statistics(root: Path, image_size: int) -> dict:
-    """Image mean, std and interpolation; OpenAI's where the directory does not say."""
-    where = root / "preprocessor_config.json"
-    if not where.is_file():
-        return {}
-    values = read_json(where)
-    size = _side(values.get("crop_size", image_size), f"{where}: crop_size")
-    if size != image_size:
-        raise UserError(
-            f"{where}: crop_size {size} is not the image_size {image_size} of config.json"
-        )
-    filters = {code: name for name, code in PIL_FILTERS.items()}
-    resample = values.get("resample", PIL_FILTERS["bicubic"])
-    if resample not in filters:
-        raise UserError(f"{where}: resample={resample!r} must be one of {PIL_FILTERS}")
-    statistics = {
+    """Image mean and std; OpenAI's where the directory does not say."""
+    where, values = _image_processor(root)
+    _check_processor(values, image_size, where)
+    return {
         ours: _channels(values[theirs], f"{where}: {theirs}")
         for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
         if theirs in values
     }
-    return statistics | {"interpolation": filters[resample]}
+
+
+def _image_processor(root: Path) -> tuple[Path, dict]:
+    """The image processor's file and values; a section of the whole processor's, if there, wins."""
+    whole, alone = root / "processor_config.json", root / "preprocessor_config.json"
+    section = read_json(whole).get("image_processor") if whole.is_file() else None
+    if isinstance(section, dict):
+        return whole, section
+    return alone, read_json(alone) if alone.is_file() else {}
+
+
+def _check_processor(values: Mapping, image_size: int, where: Path) -> None:
+    """Refuse pixels that ours would differ from: shortest side, centre crop, / 255, normalise."""
+    size = values.get("size", image_size)
+    if isinstance(size, dict):
+        if "shortest_edge" not in size:
+            raise UserError(f"{where}: size={size!r} must give the shortest_edge, nothing else")
+        size = size["shortest_edge"]
+    sides = {"crop_size": values.get("crop_size", image_size), "size": size}
+    for name, side in sides.items():
+        if (side := _side(side, f"{where}: {name}")) != image_size:
+            raise UserError(
+                f"{where}: {name} {side} is not the image_size {image_size} of config.json"
+            )
+    resample = values.get("resample", PIL_FILTERS["bicubic"])
+    if resample not in PIL_FILTERS.values():
+        raise UserError(f"{where}: resample={resample!r} must be one of {PIL_FILTERS}")
+    for step in PROCESSOR_STEPS:
+        if values.get(step, True) is not True:
+            raise UserError(f"{where}: {step}={values[step]!r} must be true, or be left out")
+    factor = values.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise UserError(f"{where}: rescale_factor={factor!r} must be 1/255")
 
 
 def _channels(values: Any, where: str) -> tuple[float, float, float]:

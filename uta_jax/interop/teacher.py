@@ -210,7 +210,7 @@ def _hf_weights(root: Path) -> tuple[Path, ...]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict):
         raise UserError(f"{index}: has no weight_map")
-    return tuple(root / _plain(name, index) for name in sorted(set(shards.values())))
+    return tuple(root / name for name in sorted({_plain(x, index) for x in shards.values()}))
 
 
 def _plain(name: Any, where: Path) -> str:

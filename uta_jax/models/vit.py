@@ -22,10 +22,11 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI CLIP
 }
 
-# What the backward pass keeps of each block: everything, the two branch outputs, or nothing.
+# What the backward pass keeps of each block beside its input: everything, the attention branch's
+# output, or nothing.
 REMAT = {
     "none": None,
-    "names": jax.checkpoint_policies.save_only_these_names("attn_out", "mlp_out"),
+    "names": jax.checkpoint_policies.save_only_these_names("attn_out"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -134,8 +135,7 @@ class Block(nn.Module):
         y = Attention(spec, dtype, gain, self.causal, name="attn")(y, rope)
         x_bnd = x_bnd + checkpoint_name(y, "attn_out")
         y = layer_norm(spec.ln_eps, dtype, "norm2")(x_bnd)
-        y = Mlp(spec, dtype, gain, name="mlp")(y)
-        return x_bnd + checkpoint_name(y, "mlp_out"), None
+        return x_bnd + Mlp(spec, dtype, gain, name="mlp")(y), None
 
 
 def block_stack(spec: VitSpec | TextSpec, dtype, remat: str = "none", causal: bool = False):
@@ -173,8 +173,8 @@ class PatchEmbed(nn.Module):
 class Vit(nn.Module):
     """Vision transformer over CLS and all, or only the kept, patches.
 
-    ``spec`` says the architecture, ``dtype`` the precision of the matrix products (parameters,
-    LayerNorm statistics and softmax stay fp32), ``remat`` a key of ``REMAT``.
+    ``spec`` says the architecture; ``dtype`` is that of activations and products, while parameters,
+    LayerNorm statistics and softmax stay fp32; ``remat`` is a key of ``REMAT``.
     """
 
     spec: VitSpec
@@ -222,7 +222,7 @@ class Vit(nn.Module):
             self.cls_token.astype(self.dtype), (image_bhwc.shape[0], 1, self.spec.width)
         )
         x_bkd = jnp.concatenate([cls_b1d, self.patch_embed(patches_bnp)], axis=1)
-        x_bkd = x_bkd + _rows(self.pos_embed, place_bk).astype(self.dtype)
+        x_bkd = x_bkd + _rows(mesh.gather(self.pos_embed.astype(self.dtype)), place_bk)
         if not self.spec.rope_theta:
             return x_bkd, None
         return x_bkd, tuple(_rows(t, place_bk)[:, :, None] for t in rope_table(self.spec))

@@ -1,4 +1,4 @@
-"""The rules of the house, read off its source: who imports whom, what stays light and short."""
+"""Layering and limits, read off the source: who imports whom, what stays light and short."""
 
 import ast
 import statistics
@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A room imports only rooms above it.
-ROOMS = (
+# Modules and packages in order: each imports only what stands above it.
+MODULES = (
     "__init__",
     "mesh",
     "data",
@@ -77,22 +77,22 @@ def all_imports(*folders):
     return [found for path in python_files(*folders) for found in imports_of(path)]
 
 
-def room(path):
-    """The room a file of the package belongs to."""
+def module(path):
+    """The module or subpackage that a file of the package belongs to."""
     return Path(path).relative_to("uta_jax").with_suffix("").parts[0]
 
 
-def room_of_import(target):
+def module_of_import(target):
     """``uta_jax.data.loader.TrainLoader`` -> data; ``uta_jax.UserError`` -> __init__."""
     part = target.split(".")[1]
-    return part if part in ROOMS else "__init__"
+    return part if part in MODULES else "__init__"
 
 
 def forbidden_direction(found):
     return (
         found.top == "uta_jax"
-        and (theirs := room_of_import(found.target)) != (ours := room(found.file))
-        and ROOMS.index(theirs) >= ROOMS.index(ours)
+        and (theirs := module_of_import(found.target)) != (ours := module(found.file))
+        and MODULES.index(theirs) >= MODULES.index(ours)
     )
 
 
@@ -100,12 +100,12 @@ def report(broken):
     return "\n" + "\n".join(map(str, broken))
 
 
-def test_every_file_is_in_a_room_of_the_list():
-    rooms = {room(path.relative_to(ROOT)) for path in python_files("uta_jax")}
-    assert rooms == set(ROOMS)
+def test_every_module_is_in_the_order():
+    found = {module(path.relative_to(ROOT)) for path in python_files("uta_jax")}
+    assert found == set(MODULES)
 
 
-def test_a_room_imports_only_rooms_above_it():
+def test_a_module_imports_only_modules_above_it():
     found = all_imports("uta_jax")
     assert sum(i.top == "uta_jax" for i in found) > 50
     broken = [i for i in found if forbidden_direction(i)]
@@ -121,7 +121,7 @@ def test_a_room_imports_only_rooms_above_it():
         ("def f():\n    from uta_jax import report", True),
         ("from uta_jax import UserError, mesh", False),
         ("from uta_jax.models.vit import Vit", False),
-        ("from uta_jax.interop import files", False),  # its own room
+        ("from uta_jax.interop import files", False),  # its own package
     ],
 )
 def test_the_direction_test_notices(tmp_path, line, forbidden):
@@ -138,7 +138,7 @@ def test_flax_linen_stays_in_models():
     broken = [
         i
         for i in all_imports("uta_jax", "configs")
-        if i.target.startswith("flax.linen") and room(i.file) != "models"
+        if i.target.startswith("flax.linen") and module(i.file) != "models"
     ]
     assert not broken, report(broken)
 
@@ -147,7 +147,7 @@ def test_torch_is_imported_inside_functions_of_interop_alone():
     broken = [
         i
         for i in all_imports("uta_jax", "configs")
-        if i.top in TORCH and not (i.inside_function and room(i.file) == "interop")
+        if i.top in TORCH and not (i.inside_function and module(i.file) == "interop")
     ]
     assert not broken, report(broken)
 
@@ -167,12 +167,12 @@ def test_nothing_imports_tensorflow():
 
 
 def test_libraries_never_see_a_config():
-    """ConfigDict is for the rooms that put a run together; the others take plain arguments."""
+    """ConfigDict is for the modules that put a run together; the others take plain arguments."""
     broken = [
         i
         for i in all_imports("uta_jax")
         if i.top == "ml_collections"
-        and room(i.file) not in ("config", "checkpoint", "train", "__main__")
+        and module(i.file) not in ("config", "checkpoint", "train", "__main__")
     ]
     assert not broken, report(broken)
 
@@ -238,7 +238,7 @@ def test_importing_the_package_is_light():
 
 
 def test_importing_everything_needs_no_torch_and_no_tensorflow():
-    """Every room, as a TPU host has it: without the torch extra."""
+    """Every module, as a TPU host has it: without the torch extra."""
     names = [
         ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for p in python_files("uta_jax")
