@@ -65,7 +65,10 @@ def _report(args, _):
 
 _WORKDIR = ("--workdir", {"required": True, "help": "directory of a training run"})
 _OUT = ("--out", {"required": True, "help": "directory to write; it appears whole or not at all"})
-_OVERWRITE = ("--overwrite", {"action": "store_true", "help": "replace an earlier export or conversion"})
+_OVERWRITE = (
+    "--overwrite",
+    {"action": "store_true", "help": "replace an earlier export or conversion"},
+)
 
 COMMANDS = {
     "train": Command(
