@@ -3,8 +3,13 @@
 import os
 
 # Before JAX starts: the sharding tests need more devices than a laptop has.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # On a busy machine eight devices on two cores may need more than the usual 40 s to meet.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+    )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs in flight on devices that share threads can wait for each other: mesh.start_up.
