@@ -170,8 +170,9 @@ _RULES = {
 
 def check(config: ConfigDict) -> None:
     """Raise UserError for the first value that is impossible on its own."""
+    values = leaves(config)
     for key, (test, allowed) in _RULES.items():
-        value = _value(config, key)
+        value = values[key]
         if not test(value):
             raise UserError(f"config.{key}={value} is not allowed: it must be {allowed}")
     if not config.train.steps and not config.train.epochs:
@@ -192,12 +193,6 @@ def blame(key: str):
         yield
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-
-
-def _value(config: ConfigDict, key: str):
-    for part in key.split("."):
-        config = config[part]
-    return config
 
 
 def make_recipe(config: ConfigDict, teacher: ClipSpec | None, examples: int) -> Recipe:

@@ -132,7 +132,8 @@ def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
         _record_config(run, int(state.step))
         with Log(run, checkpoints, int(state.step)) as log:
             if saved and _evaluates(run, int(state.step)) and not log.has_scores:
-                log.scored(int(state.step), run.evaluate(state))  # lost to the interruption
+                with log.aside():
+                    log.scored(int(state.step), run.evaluate(state))  # lost to the interruption
             return _loop(run, state, loader, log, checkpoints)
     finally:
         loader.close()

@@ -23,7 +23,8 @@ def gathered(*arrays: Array | None, dtype=None) -> list[Array | None]:
 def flat_dot_general(lhs, rhs, dimension_numbers, **kwargs) -> Array:
     """``lax.dot_general`` of [..., inputs] x [inputs, ...] as one two-dimensional product.
 
-    The same numbers; XLA:CPU runs its gradient three times as fast as that of the rank-3 product.
+    XLA:CPU runs its gradient two to four times as fast as that of the rank-3 product; the TPU
+    compiler's own estimate of a whole step is 1 % higher with it.
     """
     (lhs_axes, rhs_axes), _ = dimension_numbers
     inputs = math.prod(rhs.shape[axis] for axis in rhs_axes)
