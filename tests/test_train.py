@@ -18,8 +18,15 @@ STEPS = 6
 
 
 @pytest.fixture
-def config(scenes, teacher_dir):
-    """The demo's recipe, shrunk: 6 steps of 16 images, saved after each."""
+def config(scenes, teacher_dir, monkeypatch):
+    """The demo's recipe, shrunk: 6 steps of 16 images, saved after each, on two devices.
+
+    Eight devices, which share a few threads, have been seen to wait for each other for ever beside
+    the loader's threads; ``test_step.py`` is where eight are tried.
+    """
+    make_mesh = training.meshes.make_mesh
+    two = jax.devices()[:2]
+    monkeypatch.setattr(training.meshes, "make_mesh", lambda *_: make_mesh(1, 2, two))
     c = default_config()
     c.student.preset, c.student.dtype = "tiny_clip", "float32"
     c.teacher.path, c.teacher.dtype = str(teacher_dir), "float32"
@@ -27,7 +34,6 @@ def config(scenes, teacher_dir):
     c.data.batch_size, c.eval.batch_size = 16, 64
     c.optim.ema_decay = 0.9
     c.train.steps, c.train.log_every, c.train.save_every, c.train.keep = STEPS, 1, 1, 10
-    c.mesh.data, c.mesh.fsdp = 4, 2
     return c
 
 
