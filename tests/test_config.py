@@ -229,7 +229,7 @@ def test_the_teacher_runs_at_the_size_of_the_student_grid():
 
 
 def test_the_student_projects_into_the_space_of_the_teacher():
-    task = make_task(config(), CLIP["clip_b16"].__class__(CLIP["clip_b16"].vision, None))
+    task = make_task(config(), CLIP["clip_b16"])
     assert VIT["uta_tiny"].out_dim == 64 and task.student.out_dim == 512
 
 

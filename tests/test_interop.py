@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from uta_jax import UserError
-from uta_jax.interop import keymaps
+from uta_jax.interop import keymaps, translate
 from uta_jax.interop.export import EXPORTS, export
 from uta_jax.interop.files import WRITTEN, StoredTensor, open_weights, write_json
 from uta_jax.interop.teacher import convert, load_clip, read_spec, released_spec
@@ -42,13 +42,13 @@ SPECS = {"hf": CLIP_SPEC, "uta": UTA_SPEC}
 
 def random_params(spec, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = keymaps.param_shapes(spec)
+    shapes = translate.param_shapes(spec)
     draw = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
-    return keymaps.unflatten({path: np.asarray(x, np.float32) for path, x in draw.items()})
+    return translate.unflatten({path: np.asarray(x, np.float32) for path, x in draw.items()})
 
 
 def assert_equal_trees(a, b):
-    a, b = keymaps.flatten(a), keymaps.flatten(b)
+    a, b = translate.flatten(a), translate.flatten(b)
     assert a.keys() == b.keys()
     for path, x in a.items():
         y = np.asarray(b[path])
@@ -83,9 +83,9 @@ def hf_dir(tmp_path):
 @pytest.mark.parametrize("fmt", EXPORTS)
 def test_round_trip_is_bit_equal(fmt):
     layout, spec, params = EXPORTS[fmt].layout, SPECS[fmt], random_params(SPECS[fmt])
-    theirs = keymaps.to_theirs(layout, spec, params)
+    theirs = translate.to_theirs(layout, spec, params)
     assert all(x.flags.c_contiguous and x.dtype == np.float32 for x in theirs.values())
-    assert_equal_trees(params, keymaps.to_ours(layout, spec, theirs))
+    assert_equal_trees(params, translate.to_ours(layout, spec, theirs))
 
 
 def test_convolution_layout():
@@ -99,7 +99,7 @@ def test_convolution_layout():
 def test_fused_matrix_is_split_and_joined():
     """One tensor of theirs, three of ours: q on top of k on top of v, each [out, in]."""
     params = random_params(UTA_SPEC)
-    fused = keymaps.to_theirs("uta", UTA_SPEC, params)[
+    fused = translate.to_theirs("uta", UTA_SPEC, params)[
         "text.transformer.resblocks.1.attn.in_proj_weight"
     ]
     k = params["text"]["blocks"]["attn"]["k"]["kernel"][1]  # [24, 3, 8]
@@ -117,7 +117,7 @@ def test_fused_matrix_is_split_and_joined():
 def test_released_sizes(name, keys, vision, text):
     """Key and parameter counts of the published files."""
     spec = ClipSpec(VIT[name], CLIP["eva01_g14_plus"].text)
-    shapes = keymaps.their_shapes("uta", spec)
+    shapes = translate.their_shapes("uta", spec)
     buffers = 2 * (1 + spec.vision.depth)
     assert len(shapes) + buffers == keys
     count = {
@@ -130,12 +130,12 @@ def test_released_sizes(name, keys, vision, text):
 
 
 def test_all_key_problems_at_once():
-    theirs = keymaps.to_theirs("uta", UTA_SPEC, random_params(UTA_SPEC))
+    theirs = translate.to_theirs("uta", UTA_SPEC, random_params(UTA_SPEC))
     del theirs["logit_scale"], theirs["visual.blocks.2.mlp.w3.bias"]
     theirs["visual.blocks.3.norm1.bias"] = np.zeros(32, np.float32)
     theirs["visual.head.weight"] = np.zeros((21, 32), np.float32)
     with pytest.raises(UserError) as error:
-        keymaps.to_ours("uta", UTA_SPEC, theirs)
+        translate.to_ours("uta", UTA_SPEC, theirs)
     assert str(error.value) == (
         "format 'uta': 4 keys do not match: "
         "missing: logit_scale (), visual.blocks.2.mlp.w3.bias (32,); "
@@ -145,17 +145,17 @@ def test_all_key_problems_at_once():
 
 
 def test_only_named_keys_are_dropped():
-    theirs = keymaps.to_theirs("hf_clip", CLIP_SPEC, random_params(CLIP_SPEC))
+    theirs = translate.to_theirs("hf_clip", CLIP_SPEC, random_params(CLIP_SPEC))
     theirs["vision_model.embeddings.position_ids"] = np.arange(10)[None]
-    keymaps.to_ours("hf_clip", CLIP_SPEC, theirs)
+    translate.to_ours("hf_clip", CLIP_SPEC, theirs)
     theirs["vision_model.embeddings.other_ids"] = np.arange(10)[None]
     with pytest.raises(UserError, match="unexpected: vision_model.embeddings.other_ids"):
-        keymaps.to_ours("hf_clip", CLIP_SPEC, theirs)
+        translate.to_ours("hf_clip", CLIP_SPEC, theirs)
 
 
 def test_tree_of_another_architecture_is_refused():
     with pytest.raises(UserError, match="parameter tree: .* missing: vision/blocks/mlp/gate/bias"):
-        keymaps.to_theirs("uta", UTA_SPEC, random_params(CLIP_SPEC))
+        translate.to_theirs("uta", UTA_SPEC, random_params(CLIP_SPEC))
 
 
 # Reading
@@ -485,7 +485,7 @@ class Evil:
 def test_pt_of_the_released_layout(tmp_path):
     torch = pytest.importorskip("torch")
     params = random_params(UTA_SPEC)
-    theirs = keymaps.to_theirs("uta", UTA_SPEC, params)
+    theirs = translate.to_theirs("uta", UTA_SPEC, params)
     torch.save({k: torch.from_numpy(x) for k, x in theirs.items()}, tmp_path / "uta.pt")
     write_json(tmp_path / "uta.json", {"format": "uta", "spec": asdict(UTA_SPEC)})
     assert_equal_trees(load_clip(tmp_path / "uta.pt").params, params)

@@ -261,6 +261,7 @@ def make_task(config: ConfigDict, teacher: ClipSpec | None) -> Task:
             )
         text = presets.CLIP[config.student.preset].text
     if teacher:
+        _check_teacher(config, teacher)
         teacher = replace(teacher, vision=_teacher_spec(config, student, teacher))
     keep = masking.keep_count(student.tokens, config.mask.ratio)
     if not keep:
@@ -283,6 +284,19 @@ def make_task(config: ConfigDict, teacher: ClipSpec | None) -> Task:
     )
 
 
+def _check_teacher(config: ConfigDict, teacher: ClipSpec) -> None:
+    """Its tokens must live in a space that its own text tower shares."""
+    lacks = "text tower" if teacher.text is None else ""
+    if teacher.vision.pool != "cls" or not teacher.vision.cls:
+        lacks = "class token (it pools by attention)"
+    if lacks:
+        raise UserError(
+            f"config.teacher.path={config.teacher.path} has no {lacks}: its patch tokens are not "
+            f"in the space of a text tower, which objective {config.objective!r} aligns to; choose "
+            "a CLIP whose image feature is its class token"
+        )
+
+
 def _check_block(mask: ConfigDict, keep: int, tokens: int) -> None:
     """Rectangles larger than what they have to cover are all refused: the mask would be random."""
     area = {"block": tokens - keep, "reversed_block": keep}.get(mask.kind, 0)
@@ -303,7 +317,12 @@ def _student_spec(config: ConfigDict, teacher: ClipSpec | None) -> presets.VitSp
             f"config.student.image_size={spec.image_size} is not a multiple of the patch size "
             f"{spec.patch_size}: choose {' or '.join(map(str, sizes))}"
         )
-    return replace(spec, out_dim=teacher.vision.out_dim) if teacher else spec
+    if spec.pool != "cls":
+        raise UserError(
+            f"config.student.preset={config.student.preset} has no class token: choose one of "
+            + ", ".join(name for name, vit in presets.VIT.items() if vit.pool == "cls")
+        )
+    return replace(spec, out_dim=teacher.vision.out_dim, head_proj=True) if teacher else spec
 
 
 def _teacher_spec(config: ConfigDict, student, teacher: ClipSpec) -> presets.VitSpec:

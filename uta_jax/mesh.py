@@ -26,9 +26,13 @@ LAYOUT: tuple[tuple[str, P], ...] = (
     (r"blocks/attn/proj/kernel$", P(None, None, None, "fsdp")),  # [L, heads, head_dim, d]
     (r"blocks/mlp/(up|gate)/kernel$", P(None, "fsdp", None)),  # [L, d, hidden]
     (r"blocks/mlp/down/kernel$", P(None, None, "fsdp")),  # [L, hidden, d]
+    (r"pool/attn/[qkv]/kernel$", P("fsdp", None, None)),  # [d, heads, head_dim]
+    (r"pool/attn/proj/kernel$", P(None, None, "fsdp")),  # [heads, head_dim, d]
+    (r"pool/mlp/up/kernel$", P("fsdp", None)),  # [d, hidden]
+    (r"pool/mlp/down/kernel$", P(None, "fsdp")),  # [hidden, d]
     (r"(patch_embed/kernel|pos_embed|token_embed/embedding)$", P(None, "fsdp")),  # [rows, d]
     (r"head/proj/kernel$", P("fsdp", None)),  # [d, e]
-    (r"(bias|scale|cls_token|logit_scale|count)$", P()),
+    (r"(bias|scale|layer_scale[12]|cls_token|probe|logit_scale|count)$", P()),
 )
 
 

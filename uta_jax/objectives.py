@@ -129,8 +129,8 @@ def contrastive(
     """
     del frozen, rng
     vit, variables = task.vit(), {"params": params["vision"]}
-    tokens_bnd = vit.apply(variables, student_input(batch["image"], task), method="encode")
-    image_be = normalize(vit.apply(variables, tokens_bnd[:, 0], method="project"))
+    image_bhwc = student_input(batch["image"], task)
+    image_be = normalize(vit.apply(variables, image_bhwc, method="features"))
     text = TextTower(task.text, jnp.dtype(task.dtype))
     text_be = normalize(text.apply({"params": params["text"]}, batch["text"]))
     scale = jnp.exp(params["logit_scale"])

@@ -12,7 +12,7 @@ from uta_jax import mesh
 # do not decay (EVA's choice); the stacked depth axis makes the usual test on the rank
 # meaningless.
 DECAY: tuple[tuple[str, bool], ...] = (
-    (r"(bias|scale|pos_embed|cls_token|logit_scale)$", False),
+    (r"(bias|scale|layer_scale[12]|pos_embed|cls_token|probe|logit_scale)$", False),
     (r"(kernel|embedding)$", True),
 )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from uta_jax.interop import keymaps
+from uta_jax.interop import translate
 from uta_jax.interop.files import write_json
 from uta_jax.interop.teacher import load_clip
 from uta_jax.models.presets import ClipSpec, TextSpec, VitSpec
@@ -85,7 +85,7 @@ def test_text_features(params, golden):
 
 def test_state_dict_comes_back(params):
     """Every parameter bit for bit; the rope buffers, which we compute, within one rounding."""
-    theirs, ours = load_file(WEIGHTS), keymaps.to_theirs("uta", SPEC, params)
+    theirs, ours = load_file(WEIGHTS), translate.to_theirs("uta", SPEC, params)
     assert theirs.keys() == ours.keys()
     for name, x in theirs.items():
         assert ours[name].flags.c_contiguous and ours[name].shape == x.shape, name

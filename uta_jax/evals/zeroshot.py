@@ -44,14 +44,12 @@ def encode_text(params: dict, ids_bl: Array, spec: TextSpec) -> Array:
 
 @partial(jax.jit, static_argnames="spec")
 def encode_images(params: dict, image_bhwc: Array, spec: ClipSpec) -> Array:
-    """uint8 images [b, h, w, 3] -> CLS features fp32 [b, e], not normalised.
+    """uint8 images [b, h, w, 3] -> image features fp32 [b, e], not normalised.
 
     ``params``: the vision tower's.
     """
-    vit, variables = Vit(spec.vision), {"params": params}
     image = to_input(image_bhwc, spec.mean, spec.std, spec.vision.image_size, jnp.float32)
-    tokens_bnd = vit.apply(variables, image, method="encode")
-    return vit.apply(variables, tokens_bnd[:, 0], method="project")
+    return Vit(spec.vision).apply({"params": params}, image, method="features")
 
 
 @jax.jit

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from uta_jax import UserError
-from uta_jax.interop import keymaps
+from uta_jax.interop import translate
 from uta_jax.interop.files import read_json, whole_dir, write_json, write_safetensors
 from uta_jax.interop.specs import hf_configs
 from uta_jax.interop.teacher import load_clip, write_recorded
@@ -40,7 +40,7 @@ EXPORTS: dict[str, Target] = {
 
 def fitting_formats(spec: ClipSpec) -> list[str]:
     """The export formats that can hold ``spec``."""
-    return [fmt for fmt, to in EXPORTS.items() if not keymaps.misfits(to.layout, spec)]
+    return [fmt for fmt, to in EXPORTS.items() if not translate.misfits(to.layout, spec)]
 
 
 def export(
@@ -65,7 +65,7 @@ def export(
     if dtype != "float32":
         params = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), params)
     with whole_dir(Path(out_dir), overwrite) as work:
-        tensors = keymaps.to_theirs(target.layout, spec, params)
+        tensors = translate.to_theirs(target.layout, spec, params)
         tensors = {name: x.astype(dtype, copy=False) for name, x in tensors.items()}
         if fmt == "hf":
             write_safetensors(work / target.weights, tensors)
@@ -150,7 +150,7 @@ def _pooled(output) -> np.ndarray:
 def _target(fmt: str, spec: ClipSpec) -> Target:
     if fmt not in EXPORTS:
         raise UserError(f"format={fmt!r} must be one of: {', '.join(EXPORTS)}")
-    if reasons := keymaps.misfits(EXPORTS[fmt].layout, spec):
+    if reasons := translate.misfits(EXPORTS[fmt].layout, spec):
         fitting = ", ".join(fitting_formats(spec)) or "none"
         raise UserError(
             f"format={fmt!r} cannot hold this model: {'; '.join(reasons)}; "
@@ -164,10 +164,10 @@ def _reread(work: Path, params: Mapping, spec: ClipSpec) -> float:
     again = load_clip(work)
     if again.spec != spec:
         raise OSError(f"came back as another architecture: {again.spec}")
-    flat = keymaps.flatten(again.params)
+    flat = translate.flatten(again.params)
     difference = max(
         float(np.max(np.abs(flat[path] - np.asarray(leaf))))
-        for path, leaf in keymaps.flatten(params).items()
+        for path, leaf in translate.flatten(params).items()
     )
     if difference != 0.0:
         raise OSError(f"came back with a difference of {difference}")

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from uta_jax import UserError
-from uta_jax.interop import keymaps
+from uta_jax.interop import translate
 from uta_jax.interop.files import (
     StoredTensor,
     check_free,
@@ -101,7 +101,7 @@ def convert(src: str | Path, dst: str | Path, overwrite: bool = False) -> Checkp
     check_free(dst, overwrite)
     checkpoint = load_clip(src)
     with whole_dir(dst, overwrite) as work:
-        tensors = keymaps.to_theirs("uta_jax", checkpoint.spec, checkpoint.params)
+        tensors = translate.to_theirs("uta_jax", checkpoint.spec, checkpoint.params)
         origin = {"source": checkpoint.provenance}
         write_recorded(work, "uta_jax", WEIGHTS_FILE, tensors, checkpoint.spec, origin)
     return checkpoint
@@ -149,7 +149,7 @@ def _cubic_weights(old: int, new: int) -> np.ndarray:
 
 def _to_ours(found: _Found, spec: ClipSpec, tensors: Mapping[str, StoredTensor]) -> dict:
     try:
-        return keymaps.to_ours(found.fmt, spec, tensors)
+        return translate.to_ours(found.fmt, spec, tensors)
     except (UserError, SafetensorError, OSError) as error:
         raise UserError(f"{found.where}: {error}") from None
 

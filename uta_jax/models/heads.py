@@ -65,7 +65,7 @@ def layer_norm(eps: float, dtype=None, name=None) -> nn.LayerNorm:
 class TokenHead(nn.Module):
     """``project(norm(tokens))``: the same map for CLS and for every patch token."""
 
-    out_dim: int
+    out_dim: int | None  # None: the norm alone
     ln_eps: float
     use_bias: bool
     dtype: jnp.dtype
@@ -74,6 +74,8 @@ class TokenHead(nn.Module):
     def __call__(self, tokens_bnd: Array) -> Array:
         """[..., d] tokens before the final norm -> [..., e] in the joint space, not normalised."""
         tokens_bnd = layer_norm(self.ln_eps, self.dtype, "norm")(tokens_bnd)
+        if self.out_dim is None:
+            return tokens_bnd
         return dense(self.out_dim, use_bias=self.use_bias, dtype=self.dtype, name="proj")(
             tokens_bnd
         )

@@ -22,12 +22,17 @@ class VitSpec:
     heads: int  # divides width
     mlp_hidden: int
     out_dim: int  # width e of the joint embedding
-    act: str = "gelu"  # gelu | quick_gelu | swiglu
+    act: str = "gelu"  # gelu | gelu_tanh | quick_gelu | swiglu
     ln_eps: float = 1e-6
+    cls: bool = True  # a class token before the patch tokens
     embed_norm: bool = False  # LayerNorm between the embedding and the blocks (CLIP's pre_layrnorm)
     patch_bias: bool = True
     qkv_bias: str = "qkv"  # which of q, k, v carry a bias: EVA has "qv"
+    attn_norm: bool = False  # LayerNorm before attention's output map (EVA02-CLIP)
     mlp_norm: bool = False  # LayerNorm over the hidden layer (EVA-02's sub-LN)
+    layer_scale: bool = False  # learned factors on both branches of a block (DINOv2)
+    pool: str = "cls"  # cls: the class token is the image; map: attention pooling (SigLIP)
+    head_proj: bool = True  # False: the normed tokens are the embedding, out_dim == width
     head_bias: bool = False
     rope_theta: float = 0.0  # 0: no rotary positions
     rope_grid: int = 16  # positions are scaled to this grid, so any resolution spans the same range
@@ -45,7 +50,7 @@ class VitSpec:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """A CLIP text transformer: causal, pooled at end-of-text, linear projection without bias."""
+    """A text transformer, pooled at one token and projected."""
 
     context: int  # tokens, start and end included
     vocab: int
@@ -54,21 +59,31 @@ class TextSpec:
     heads: int
     mlp_hidden: int
     out_dim: int
-    act: str = "gelu"  # gelu | quick_gelu
+    act: str = "gelu"  # gelu | gelu_tanh | quick_gelu
     ln_eps: float = 1e-5
+    causal: bool = True
+    pool: str = "end"  # end: at end-of-text, the highest id; last: at the last position (SigLIP)
+    head_bias: bool = False
+    # What a block of either tower may have, and no text tower does.
     qkv_bias: str = "qkv"
+    attn_norm: bool = False
     mlp_norm: bool = False
+    layer_scale: bool = False
 
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """A pair of towers with the image statistics they were trained with."""
+    """A pair of towers, and how images and texts were prepared for them."""
 
     vision: VitSpec
-    text: TextSpec
+    text: TextSpec | None  # None: a vision tower alone (DINOv2)
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
-    interpolation: str = "bicubic"
+    interpolation: str = "bicubic"  # bicubic | bilinear
+    resize: str = "shortest"  # shortest: short side, then centre crop; squash: both sides
+    resize_size: int = 0  # pixels that `resize` makes before the crop; 0: the input size
+    logit_bias: bool = False  # a learned bias beside the scale (SigLIP)
+    tokenizer: str = "clip"  # clip: byte pairs inside the package; else a file beside the weights
 
 
 def _clip_vit(image_size, patch_size, width, depth, heads, out_dim, act="quick_gelu"):
@@ -80,6 +95,35 @@ def _clip_vit(image_size, patch_size, width, depth, heads, out_dim, act="quick_g
 
 def _clip_text(width, heads, depth=12, out_dim=None, act="quick_gelu", context=77):
     return TextSpec(context, 49408, width, depth, heads, 4 * width, out_dim or width, act=act)
+
+
+def _eva02_vit(image_size, patch_size, width, depth, heads, mlp_hidden, out_dim):
+    return replace(
+        _uta_vit(image_size, patch_size, width, depth, heads, mlp_hidden, out_dim), attn_norm=True
+    )
+
+
+def _siglip(image_size, patch_size, width, depth, heads, mlp_hidden, vocab, context=64):
+    towers = dict(width=width, depth=depth, heads=heads, mlp_hidden=mlp_hidden, out_dim=width)
+    return ClipSpec(
+        VitSpec(
+            image_size, patch_size, **towers, act="gelu_tanh", cls=False, pool="map",
+            head_proj=False,
+        ),
+        TextSpec(
+            context, vocab, **towers, act="gelu_tanh", ln_eps=1e-6, causal=False, pool="last",
+            head_bias=True,
+        ),
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash", logit_bias=True,
+        tokenizer="tokenizer.json",
+    )  # fmt: skip
+
+
+def _dinov2(width, depth, heads, act="gelu", mlp_hidden=None):
+    return VitSpec(
+        518, 14, width, depth, heads, mlp_hidden or 4 * width, width,
+        act=act, layer_scale=True, head_proj=False,
+    )  # fmt: skip
 
 
 def _uta_vit(image_size, patch_size, width, depth, heads, mlp_hidden, out_dim=1024):
@@ -105,9 +149,22 @@ CLIP: dict[str, ClipSpec] = {
     "clip_b16": ClipSpec(_clip_vit(224, 16, 768, 12, 12, 512), _clip_text(512, 8)),
     "clip_l14": ClipSpec(_clip_vit(224, 14, 1024, 24, 16, 768), _clip_text(768, 12)),
     "clip_l14_336": ClipSpec(_clip_vit(336, 14, 1024, 24, 16, 768), _clip_text(768, 12)),
-    # EVA-CLIP (baaivision/EVA, EVA-CLIP/rei/eva_clip/model_configs): no RoPE, no sub-LN.
+    # EVA-CLIP (baaivision/EVA, EVA-CLIP/rei/eva_clip/model_configs). EVA01: no RoPE, no sub-LN;
+    # EVA02: rotary positions, SwiGLU, LayerNorm inside attention and MLP.
     "eva01_g14": ClipSpec(_EVA01_G, _clip_text(768, 12, out_dim=1024, act="gelu")),
     "eva01_g14_plus": ClipSpec(_EVA01_G, _TEXT_H),
+    "eva02_b16": ClipSpec(
+        _eva02_vit(224, 16, 768, 12, 12, 2048, 512), _clip_text(512, 8, act="gelu")
+    ),
+    "eva02_l14": ClipSpec(
+        _eva02_vit(224, 14, 1024, 24, 16, 2730, 768), _clip_text(768, 12, act="gelu")
+    ),
+    "eva02_l14_336": ClipSpec(
+        _eva02_vit(336, 14, 1024, 24, 16, 2730, 768), _clip_text(768, 12, act="gelu")
+    ),
+    # google/siglip-base-patch16-224 and google/siglip2-base-patch16-224.
+    "siglip_b16": _siglip(224, 16, 768, 12, 12, 3072, 32000),
+    "siglip2_b16": _siglip(224, 16, 768, 12, 12, 3072, 256000),
     # The emoji world of configs/emoji_clip.py.
     "tiny_clip": ClipSpec(_TINY_VIT, _TINY_TEXT),
 }
@@ -120,6 +177,11 @@ VIT: dict[str, VitSpec] = {
     # The same at the size of their pre-training recipes here.
     "uta_l14": _uta_vit(224, 14, 1024, 24, 16, 2730),
     "uta_g14": _uta_vit(224, 14, 1408, 40, 16, 4096),
+    # facebook/dinov2-*: frozen vision towers, without a text tower of their own.
+    "dinov2_s14": _dinov2(384, 12, 6),
+    "dinov2_b14": _dinov2(768, 12, 12),
+    "dinov2_l14": _dinov2(1024, 24, 16),
+    "dinov2_g14": _dinov2(1536, 40, 24, act="swiglu", mlp_hidden=4096),
     # Small ones for laptops and tests. uta_tiny has every trait of the released students.
     "uta_tiny": _uta_vit(64, 8, 128, 4, 4, 340, out_dim=64),
     **{name: clip.vision for name, clip in CLIP.items()},

@@ -1,4 +1,4 @@
-"""The CLIP text tower (Radford et al. 2021; openai/CLIP, clip/model.py)."""
+"""The text tower of CLIP (Radford et al. 2021) and of SigLIP (Zhai et al. 2023)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ class TokenEmbed(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Causal transformer, pooled at the end-of-text token, which has the highest id."""
+    """Transformer over all positions, pooled at one of them: at end-of-text or at the last."""
 
     spec: TextSpec
     dtype: jnp.dtype = jnp.float32
@@ -36,10 +36,13 @@ class TextTower(nn.Module):
         pos = self.param("pos_embed", nn.initializers.normal(0.01), (spec.context, spec.width))
         x_bld = jnp.take(mesh.gather(table_vd), ids_bl, axis=0, mode="clip")
         x_bld = x_bld + mesh.gather(pos.astype(self.dtype))[None]
-        x_bld, _ = block_stack(spec, self.dtype, causal=True)(x_bld, None)
-        end_b = jnp.argmax(ids_bl, axis=-1)
-        x_bd = jnp.take_along_axis(x_bld, end_b[:, None, None], axis=1, mode="clip")[:, 0]
-        return TokenHead(spec.out_dim, spec.ln_eps, False, self.dtype, name="head")(x_bd)
+        x_bld, _ = block_stack(spec, self.dtype, causal=spec.causal)(x_bld, None)
+        if spec.pool == "end":
+            end_b = jnp.argmax(ids_bl, axis=-1)
+            x_bd = jnp.take_along_axis(x_bld, end_b[:, None, None], axis=1, mode="clip")[:, 0]
+        else:
+            x_bd = x_bld[:, -1]
+        return TokenHead(spec.out_dim, spec.ln_eps, spec.head_bias, self.dtype, name="head")(x_bd)
 
 
 def init_text(spec: TextSpec, key: Array) -> dict:

@@ -19,6 +19,7 @@ from uta_jax.models.presets import TextSpec, VitSpec
 
 ACTIVATIONS = {
     "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),  # SigLIP
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI CLIP
 }
 
@@ -48,7 +49,7 @@ def gather_tokens(x_bnd: Array, keep_bk: Array) -> Array:
 
 
 def rope_table(spec: VitSpec) -> tuple[Array, Array]:
-    """Cosine and sine [1 + n, head_dim] of the 2-D rotary positions, CLS first and unrotated.
+    """Cosine and sine [1 + n, head_dim] of the 2-D rotary positions; CLS first, unrotated.
 
     Frequencies theta^(-2i/m) with m = head_dim / 2, each standing for a pair of channels; the first
     half of the channels turns with the row, the second with the column; position j of a grid g is
@@ -61,7 +62,7 @@ def rope_table(spec: VitSpec) -> tuple[Array, Array]:
     shape = (spec.grid, spec.grid, half)
     rows, columns = angle_gf[:, None, :], angle_gf[None, :, :]
     angle = jnp.concatenate([jnp.broadcast_to(a, shape) for a in (rows, columns)], axis=-1)
-    angle = jnp.pad(angle.reshape(spec.tokens, 2 * half), ((1, 0), (0, 0)))
+    angle = jnp.pad(angle.reshape(spec.tokens, 2 * half), ((int(spec.cls), 0), (0, 0)))
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -79,23 +80,30 @@ class Attention(nn.Module):
     spec: VitSpec | TextSpec
     dtype: jnp.dtype
     gain: float
-    causal: bool
+    causal: bool = False
 
     @nn.compact
-    def __call__(self, x_bnd: Array, rope: tuple[Array, Array] | None) -> Array:
+    def __call__(
+        self, x_bnd: Array, rope: tuple[Array, Array] | None = None, query_bqd: Array | None = None
+    ) -> Array:
         heads, width = self.spec.heads, self.spec.width
-        qkv = [
+        inputs = {"q": x_bnd if query_bqd is None else query_bqd, "k": x_bnd, "v": x_bnd}
+        q, k, v = (
             dense(
                 (heads, width // heads),
                 use_bias=name in self.spec.qkv_bias,
                 gain=self.gain if name == "v" else 1.0,
                 dtype=self.dtype,
                 name=name,
-            )(x_bnd)
+            )(inputs[name])
             for name in "qkv"
-        ]
-        q, k, v = qkv if rope is None else (rotate(qkv[0], rope), rotate(qkv[1], rope), qkv[2])
+        )
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         x_bnhd = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        if self.spec.attn_norm:
+            norm = layer_norm(self.spec.ln_eps, self.dtype, "norm")
+            x_bnhd = norm(x_bnhd.reshape(*x_bnhd.shape[:2], width)).reshape(x_bnhd.shape)
         return dense(width, axis=(-2, -1), gain=self.gain, dtype=self.dtype, name="proj")(x_bnhd)
 
 
@@ -126,6 +134,12 @@ class Block(nn.Module):
     dtype: jnp.dtype
     causal: bool = False
 
+    def _scaled(self, y_bnd: Array, name: str) -> Array:
+        if not self.spec.layer_scale:
+            return y_bnd
+        init = nn.initializers.constant(1e-5)  # DINOv2's own for training from scratch
+        return y_bnd * self.param(name, init, (self.spec.width,)).astype(self.dtype)[None, None]
+
     @nn.compact
     def __call__(self, x_bnd: Array, rope: tuple[Array, Array] | None) -> tuple[Array, None]:
         spec, dtype = self.spec, self.dtype
@@ -133,9 +147,26 @@ class Block(nn.Module):
         gain = math.sqrt(math.log(2 * spec.depth)) if spec.mlp_norm else 1.0
         y = layer_norm(spec.ln_eps, dtype, "norm1")(x_bnd)
         y = Attention(spec, dtype, gain, self.causal, name="attn")(y, rope)
-        x_bnd = x_bnd + checkpoint_name(y, "attn_out")
+        x_bnd = x_bnd + self._scaled(checkpoint_name(y, "attn_out"), "layer_scale1")
         y = layer_norm(spec.ln_eps, dtype, "norm2")(x_bnd)
-        return x_bnd + Mlp(spec, dtype, gain, name="mlp")(y), None
+        return x_bnd + self._scaled(Mlp(spec, dtype, gain, name="mlp")(y), "layer_scale2"), None
+
+
+class AttentionPool(nn.Module):
+    """One learned query that attends to all tokens, and an MLP after it (SigLIP's MAP head)."""
+
+    spec: VitSpec
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_bnd: Array) -> Array:
+        """Normed tokens [b, n, d] -> [b, d]."""
+        spec, dtype = self.spec, self.dtype
+        probe = self.param("probe", nn.initializers.truncated_normal(0.02), (spec.width,))
+        probe_b1d = jnp.broadcast_to(probe.astype(dtype), (x_bnd.shape[0], 1, spec.width))
+        x_b1d = Attention(spec, dtype, gain=1.0, name="attn")(x_bnd, query_bqd=probe_b1d)
+        y_b1d = layer_norm(spec.ln_eps, dtype, "norm")(x_b1d)
+        return (x_b1d + Mlp(spec, dtype, gain=1.0, name="mlp")(y_b1d))[:, 0]
 
 
 def block_stack(spec: VitSpec | TextSpec, dtype, remat: str = "none", causal: bool = False):
@@ -185,22 +216,38 @@ class Vit(nn.Module):
         spec = self.spec
         token_init = nn.initializers.truncated_normal(0.02)
         self.patch_embed = PatchEmbed(spec, self.dtype)
-        self.cls_token = self.param("cls_token", token_init, (spec.width,))
-        self.pos_embed = self.param("pos_embed", token_init, (1 + spec.tokens, spec.width))
+        if spec.cls:
+            self.cls_token = self.param("cls_token", token_init, (spec.width,))
+        rows = int(spec.cls) + spec.tokens
+        self.pos_embed = self.param("pos_embed", token_init, (rows, spec.width))
         if spec.embed_norm:
             self.embed_norm = layer_norm(spec.ln_eps, self.dtype)
         self.blocks = block_stack(spec, self.dtype, self.remat)
-        self.head = TokenHead(spec.out_dim, spec.ln_eps, spec.head_bias, self.dtype)
+        out_dim = spec.out_dim if spec.head_proj else None
+        self.head = TokenHead(out_dim, spec.ln_eps, spec.head_bias, self.dtype)
+        if spec.pool == "map":
+            self.pool = AttentionPool(spec, self.dtype)
 
     def __call__(self, image_bhwc: Array, keep_bk: Array | None = None) -> Array:
         """Normalised float images [b, h, w, 3] -> projected tokens [b, 1 + k, e], CLS first.
 
         ``keep_bk``: int32 indices of the patches to run on, row-major, 0-based; None keeps all.
+        Of a tower that pools by attention, the pooled token stands in the place of CLS.
         """
-        return self.project(self.encode(image_bhwc, keep_bk))
+        tokens_bke = self.project(self.encode(image_bhwc, keep_bk))
+        if self.spec.pool == "cls":
+            return tokens_bke
+        return jnp.concatenate([self.pool(tokens_bke)[:, None], tokens_bke], axis=1)
+
+    def features(self, image_bhwc: Array, keep_bk: Array | None = None) -> Array:
+        """What stands for the whole image in the joint space: [b, e], not normalised."""
+        tokens_bkd = self.encode(image_bhwc, keep_bk)
+        if self.spec.pool == "cls":
+            return self.project(tokens_bkd[:, 0])
+        return self.pool(self.project(tokens_bkd))
 
     def encode(self, image_bhwc: Array, keep_bk: Array | None = None) -> Array:
-        """The tokens [b, 1 + k, d] before the final norm."""
+        """The tokens [b, 1 + k, d] before the final norm; [b, k, d] without a class token."""
         x_bkd, rope = self._embed(image_bhwc, keep_bk)
         if self.spec.embed_norm:
             x_bkd = self.embed_norm(x_bkd)
@@ -216,12 +263,14 @@ class Vit(nn.Module):
         place_bk = jnp.arange(self.spec.tokens)[None] if keep_bk is None else keep_bk
         if keep_bk is not None:
             patches_bnp = gather_tokens(patches_bnp, keep_bk)
-        # Row 0 of every table belongs to CLS.
-        place_bk = jnp.pad(place_bk + 1, ((0, 0), (1, 0)))
-        cls_b1d = jnp.broadcast_to(
-            self.cls_token.astype(self.dtype), (image_bhwc.shape[0], 1, self.spec.width)
-        )
-        x_bkd = jnp.concatenate([cls_b1d, self.patch_embed(patches_bnp)], axis=1)
+        x_bkd = self.patch_embed(patches_bnp)
+        if self.spec.cls:
+            # Row 0 of every table belongs to CLS.
+            place_bk = jnp.pad(place_bk + 1, ((0, 0), (1, 0)))
+            cls_b1d = jnp.broadcast_to(
+                self.cls_token.astype(self.dtype), (len(image_bhwc), 1, self.spec.width)
+            )
+            x_bkd = jnp.concatenate([cls_b1d, x_bkd], axis=1)
         x_bkd = x_bkd + _rows(mesh.gather(self.pos_embed.astype(self.dtype)), place_bk)
         if not self.spec.rope_theta:
             return x_bkd, None
