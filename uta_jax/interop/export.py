@@ -10,7 +10,7 @@ import numpy as np
 from uta_jax import UserError
 from uta_jax.interop import translate
 from uta_jax.interop.files import read_json, whole_dir, write_json, write_safetensors
-from uta_jax.interop.specs import hf_configs
+from uta_jax.interop.hf_config import hf_configs
 from uta_jax.interop.teacher import load_clip, write_recorded
 from uta_jax.models.presets import ClipSpec
 

@@ -29,7 +29,8 @@ from uta_jax.interop.files import (
     write_json,
     write_safetensors,
 )
-from uta_jax.interop.specs import hf_spec, spec_from_json
+from uta_jax.interop.hf_config import hf_spec
+from uta_jax.interop.specs import spec_from_json
 from uta_jax.models.presets import CLIP, VIT, ClipSpec, resized
 
 SPEC_FILE = "spec.json"
