@@ -26,6 +26,7 @@ MODULES = (
     "config",
     "checkpoint",
     "evals",
+    "embed",
     "train",
     "report",
     "__main__",

@@ -37,16 +37,46 @@ def _evaluate(args, _):
 
 
 def _convert(args, _):
+    from uta_jax.interop.listing import listing
     from uta_jax.interop.teacher import convert
 
-    found = convert(args.src, args.dst, overwrite=args.overwrite)
+    kind = dict(fmt=args.format or "", preset=args.preset or "")
+    if args.check:
+        for line in listing(args.src, **kind):
+            print(line)
+        return
+    if args.dst is None:
+        raise UserError("name the directory to write (or only --check SRC)")
+    found = convert(
+        args.src,
+        args.dst,
+        args.overwrite,
+        **kind,
+        image_size=args.image_size,
+        digest=args.sha256 or "",
+    )
     print(f"{args.src} ({found.provenance['format']}) -> {args.dst}: {found.spec}")
 
 
 def _export(args, _):
-    from uta_jax.report import export_run
+    from uta_jax import report
 
-    export_run(args.workdir, args.format, args.out, overwrite=args.overwrite, dtype=args.dtype)
+    if bool(args.workdir) == bool(args.model):
+        raise UserError("give either --workdir (a run) or --model (a directory or file)")
+    options = {name: getattr(args, name) for name in ("overwrite", "dtype", "licence", "home")}
+    if args.workdir:
+        report.export_run(args.workdir, args.format, args.out, **options)
+    else:
+        report.export_model(args.model, args.format, args.out, preset=args.preset, **options)
+
+
+def _embed(args, _):
+    from uta_jax.embed import embed
+
+    names = ("images", "texts", "tokens", "keep", "batch_size", "dtype", "preset", "overwrite")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
+    for name, shape in embed(args.model, args.out, **options).items():
+        print(f"{args.out}: {name} {list(shape)}")
 
 
 def _data(args, _):
@@ -68,6 +98,10 @@ _OUT = ("--out", {"required": True, "help": "directory to write; it appears whol
 _OVERWRITE = (
     "--overwrite",
     {"action": "store_true", "help": "replace an earlier export or conversion"},
+)
+_PRESET = (
+    "--preset",
+    {"default": "", "help": "the architecture of weights that come without a configuration"},
 )
 
 COMMANDS = {
@@ -98,24 +132,51 @@ COMMANDS = {
         _evaluate,
     ),
     "convert": Command(
-        "Turn a CLIP checkpoint (Hugging Face directory, released UTA weights) into our format.",
+        "Turn any CLIP (Hugging Face, open_clip, EVA, timm, released UTA) into our own format.",
         "uta-jax convert checkpoints/clip-vit-base-patch16 checkpoints/clip_b16",
         (
-            ("src", {"help": "directory or file of the checkpoint, or asset:NAME"}),
-            ("dst", {"help": "directory to write: weights.safetensors and spec.json"}),
+            (
+                "src",
+                {
+                    "help": "directory or file, asset:NAME, hf-hub:ORG/NAME[@REVISION], or "
+                    "open_clip:ARCHITECTURE/TAG"
+                },
+            ),
+            (
+                "dst",
+                {
+                    "nargs": "?",
+                    "help": "directory to write: weights.safetensors, spec.json, and the "
+                    "tokenizer, if the model has its own",
+                },
+            ),
+            (
+                "--check",
+                {"action": "store_true", "help": "only print what each tensor would become"},
+            ),
+            ("--format", {"help": "of src, where its configuration or its names do not tell"}),
+            ("--preset", {"help": "architecture of src, where it has no configuration"}),
+            ("--sha256", {"help": "what the weights of src must hash to"}),
+            (
+                "--image_size",
+                {"type": int, "default": 0, "help": "resample positions for this size in pixels"},
+            ),
             _OVERWRITE,
         ),
         _convert,
     ),
     "export": Command(
-        "Write a run's student, with the text tower it is aligned to, for PyTorch libraries.",
+        "Write a run's student, or any model that `convert` reads, for PyTorch libraries.",
         "uta-jax export --workdir=runs/demo --format=hf --out=exported/demo",
         (
-            _WORKDIR,
+            ("--workdir", {"help": "a run: its newest student, with its teacher's text tower"}),
+            ("--model", {"help": "instead of a run: whatever `uta-jax convert` reads"}),
+            _PRESET,
             (
                 "--format",
-                {"choices": ("hf", "uta"), "default": "hf", "help": "hf: transformers.CLIPModel; "
-                 "uta: the state dict of the released UTA models"},
+                {"choices": ("hf", "open_clip", "timm", "uta"), "default": "hf",
+                 "help": "hf: transformers (CLIPModel, SiglipModel, Dinov2Model); open_clip; timm: "
+                 "the vision tower alone; uta: the state dict of the released UTA models"},
             ),
             _OUT,
             _OVERWRITE,
@@ -123,8 +184,46 @@ COMMANDS = {
                 "--dtype",
                 {"choices": ("float32", "float16"), "default": "float32", "help": "of the weights"},
             ),
+            ("--licence", {"default": "", "help": "of the weights, for the model card"}),
+            (
+                "--home",
+                {"default": "", "help": "hf-hub:ORG/NAME or local-dir:PATH, where the directory is "
+                 "to lie (default OUT); open_clip finds the arguments of UTA's towers there"},
+            ),
         ),
         _export,
+    ),
+    "embed": Command(
+        "Features of images and texts by any model, not L2-normalised, as arrays in one .npz file.",
+        "uta-jax embed --model=checkpoints/clip_b16 --images=photos --texts=texts.txt --out=x.npz",
+        (
+            (
+                "--model",
+                {"required": True, "help": "whatever `uta-jax convert` reads, or a run's workdir"},
+            ),
+            _PRESET,
+            ("--images", {"help": "a folder, a .tar, or an .npy of normalised NCHW or NHWC"}),
+            ("--texts", {"help": "a UTF-8 file, one text a line"}),
+            (
+                "--tokens",
+                {"action": "store_true", "help": "also all projected tokens, CLS first"},
+            ),
+            (
+                "--keep",
+                {
+                    "help": "an .npy of int [images, k]: run on CLS and these patches alone "
+                    "(row-major from 0)"
+                },
+            ),
+            ("--batch-size", {"type": int, "help": "at a time, on all devices (default 64)"}),
+            ("--dtype", {"choices": ("float32", "bfloat16"), "help": "to compute in (float32)"}),
+            (
+                "--out",
+                {"required": True, "help": "the .npz to write; it appears whole or not at all"},
+            ),
+            ("--overwrite", {"action": "store_true", "help": "replace an earlier file"}),
+        ),
+        _embed,
     ),
     "data": Command(
         "Build a data set: emoji_scenes, drawings with captions, labels and masks; no download.",

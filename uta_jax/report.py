@@ -13,6 +13,8 @@ from uta_jax.data.loader import TrainLoader
 from uta_jax.data.sources import open_source
 from uta_jax.evals import evaluate
 from uta_jax.interop.export import export
+from uta_jax.interop.files import check_free
+from uta_jax.interop.teacher import load_clip
 from uta_jax.masking import sample
 from uta_jax.objectives import cosine, student_input, teacher_tokens
 from uta_jax.step import step_key
@@ -23,9 +25,19 @@ _COLUMNS = 8  # crops in samples.png
 
 
 def export_run(
-    workdir: str | Path, fmt: str, out: str | Path, overwrite: bool = False, dtype: str = "float32"
+    workdir: str | Path,
+    fmt: str,
+    out: str | Path,
+    overwrite: bool = False,
+    dtype: str = "float32",
+    licence: str = "",
+    home: str = "",
 ) -> None:
-    """Export the newest student of ``workdir``; the model card says what the folder knows of it."""
+    """Export the newest student of ``workdir``; the model card says what the folder knows of it.
+
+    ``licence``: of the weights, for the card. ``overwrite``, ``dtype``, ``home``: as ``export``.
+    """
+    check_free(Path(out), overwrite)
     run = load_run(workdir)
     config = run.config
     card = {
@@ -38,8 +50,33 @@ def export_run(
     scores = [r for r in metrics.read(Path(workdir) / "metrics.jsonl") if "zeroshot/top1" in r]
     if scores and scores[-1]["step"] == run.meta["step"]:
         card[f"zero-shot top-1, {config.eval.split}"] = f"{scores[-1]['zeroshot/top1']:.4f}"
-    export(run.clip, run.spec, fmt, out, card, overwrite=overwrite, dtype=dtype)
-    print(f"{out}: {fmt}, {dtype}, re-read and equal")
+    else:
+        card["zero-shot top-1"] = "not measured at this step"
+    card["licence"] = licence
+    tokenizer = run.teacher.tokenizer_file if run.teacher else None
+    done = export(run.clip, run.spec, fmt, out, card, overwrite, dtype, tokenizer, home)
+    print(f"{out}: {fmt}, {dtype}, re-read and equal; {done}")
+
+
+def export_model(
+    model: str | Path,
+    fmt: str,
+    out: str | Path,
+    overwrite: bool = False,
+    dtype: str = "float32",
+    licence: str = "",
+    home: str = "",
+    preset: str = "",
+) -> None:
+    """Export whatever ``load_clip`` reads, such as another library's checkpoint; else as a run."""
+    check_free(Path(out), overwrite)
+    found = load_clip(model, preset=preset)
+    card = {f"source {key}": value for key, value in found.provenance.items()}
+    card["licence"] = licence
+    done = export(
+        found.params, found.spec, fmt, out, card, overwrite, dtype, found.tokenizer_file, home
+    )
+    print(f"{out}: {fmt}, {dtype}, re-read and equal; {done}")
 
 
 def report(workdir: str | Path) -> dict:

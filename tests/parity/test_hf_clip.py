@@ -3,16 +3,14 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import hf_models
 import numpy as np
 import pytest
 
 from uta_jax.interop.export import export, hf_features
 from uta_jax.interop.teacher import convert, load_clip, resample_positions
-from uta_jax.models.text import TextTower
-from uta_jax.models.vit import Vit
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch, transformers = hf_models.torch, hf_models.transformers
 
 TINY = dict(
     vision_config=dict(
@@ -26,28 +24,25 @@ TINY = dict(
     ),
     projection_dim=40,
 )  # fmt: skip
+# openai/clip-vit-base-patch32, which transformers' defaults are; a shorter vocabulary.
 BASE_32 = dict(
-    vision_config={}, text_config={}
-)  # transformers' defaults: openai/clip-vit-base-patch32
+    vision_config={}, text_config=dict(vocab_size=500, bos_token_id=498, eos_token_id=499)
+)
+LARGE_14_336 = dict(
+    vision_config=dict(
+        image_size=336, patch_size=14, hidden_size=1024, num_hidden_layers=2,
+        num_attention_heads=16, intermediate_size=4096,
+    ),
+    text_config=dict(
+        vocab_size=500, hidden_size=768, num_hidden_layers=2, num_attention_heads=12,
+        intermediate_size=3072, bos_token_id=498, eos_token_id=499,
+    ),
+    projection_dim=768,
+)  # fmt: skip
 
 
-def random_clip(config, seed=0):
-    """A CLIPModel whose norms, biases, positions and logit scale are far from their start.
-
-    Tokens are small where they enter the blocks: there LayerNorm's epsilon counts.
-    """
-    torch.manual_seed(seed)
-    model = transformers.CLIPModel(transformers.CLIPConfig(**config)).eval()
-    with torch.no_grad():
-        for name, x in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):
-                x.copy_(1 + 0.3 * torch.randn_like(x))
-            elif name.endswith("bias"):
-                x.copy_(0.1 * torch.randn_like(x))
-            elif "position_embedding" in name or "class_embedding" in name:
-                x.copy_(0.003 * torch.randn_like(x))
-        model.logit_scale.fill_(3.7)
-    return model
+def random_clip(config):
+    return hf_models.random_model(lambda: transformers.CLIPModel(transformers.CLIPConfig(**config)))
 
 
 def some_inputs(config):
@@ -73,9 +68,8 @@ def their_features(model, images, ids):
 
 
 def our_features(clip, images, ids):
-    tokens = Vit(clip.spec.vision).apply({"params": clip.params["vision"]}, images)
-    text = TextTower(clip.spec.text).apply({"params": clip.params["text"]}, ids)
-    return np.asarray(tokens[:, 0]), np.asarray(text)
+    tokens = hf_models.our_tokens(clip.spec, clip.params, images)
+    return tokens[:, 0], hf_models.our_text(clip.spec, clip.params, ids)
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +85,9 @@ def test_tiny_features(tiny):
     assert_same_features(model, load_clip(folder))
 
 
-def test_base_32_features(tmp_path):
-    model = random_clip(BASE_32)
+@pytest.mark.parametrize("config", [BASE_32, LARGE_14_336], ids=["base_32", "large_14_336"])
+def test_full_width_features(tmp_path, config):
+    model = random_clip(config)
     model.save_pretrained(tmp_path)
     assert_same_features(model, load_clip(tmp_path))
 
@@ -123,7 +118,7 @@ def test_export_gives_every_tensor_back(tiny, tmp_path):
     model, folder = tiny
     convert(folder, tmp_path / "ours")
     clip = load_clip(tmp_path / "ours")
-    assert export(clip.params, clip.spec, "hf", tmp_path / "hf", {}) == 0.0
+    assert export(clip.params, clip.spec, "hf", tmp_path / "hf", {}).reread == 0.0
     again = transformers.CLIPModel.from_pretrained(tmp_path / "hf")
     theirs = model.state_dict()
     assert again.state_dict().keys() == theirs.keys()

@@ -17,6 +17,7 @@ MAX_PIXELS = 64_000_000  # refused from the header, before anything is allocated
 MAX_ASPECT = 50  # a 2 x 4000 image would become 448000 x 224 when its short side is resized
 # Other modes (16-bit, float) lose their values silently in convert("RGB").
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def decode(data: bytes) -> Image.Image:
@@ -107,19 +108,33 @@ def train_transform(
     return pixels[:, ::-1] if flipped else pixels
 
 
-def eval_transform(data: bytes, size: int) -> np.ndarray:
-    """Short side to `size` (bicubic), central crop: uint8 [size, size, 3], equal to open_clip.
+def eval_transform(
+    data: bytes,
+    size: int,
+    resize: str = "shortest",
+    interpolation: str = "bicubic",
+    resize_size: int = 0,
+) -> np.ndarray:
+    """Resize and central crop: uint8 [size, size, 3], pixel for pixel open_clip's.
+
+    Args:
+      resize: "shortest" brings the short side to `resize_size`, "squash" both sides.
+      interpolation: "bicubic" or "bilinear", both antialiased.
+      resize_size: pixels, at least `size`; 0 stands for `size`.
 
     Raises:
       UserError: as decode.
     """
     image = decode(data)
     width, height = image.size
-    short = min(width, height)
-    if short != size:
+    side, short = resize_size or size, min(width, height)
+    if resize == "squash":
+        width, height = side, side
+    elif short != side:
         # The long side is truncated, not rounded, as torchvision's Resize does.
-        width, height = int(size * width / short), int(size * height / short)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        width, height = int(side * width / short), int(side * height / short)
+    if image.size != (width, height):
+        image = image.resize((width, height), FILTERS[interpolation])
     left, top = round((width - size) / 2), round((height - size) / 2)
     return _rgb(image.crop((left, top, left + size, top + size)))
 

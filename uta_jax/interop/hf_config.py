@@ -1,6 +1,5 @@
-"""The configuration files of Hugging Face, both ways."""
+"""``config.json`` of Hugging Face models, both ways."""
 
-import math
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,163 +7,210 @@ from typing import Any
 
 from uta_jax import UserError
 from uta_jax.interop.files import read_json
-from uta_jax.interop.specs import PIL_FILTERS, build, channels, checked
+from uta_jax.interop.hf_processor import (
+    processor_config,
+    read_processor,
+    side,
+    tokenizer_config,
+    tokenizer_name,
+)
+from uta_jax.interop.keymaps.hugging_face import dinov2_hidden, dinov2_ratio, dinov2_reasons
+from uta_jax.interop.specs import build, checked
 from uta_jax.models.presets import ClipSpec, TextSpec, VitSpec
 
-# config.json of Hugging Face: their field -> (ours, what transformers takes where it is left out).
-HF_VISION: dict[str, tuple[str, Any]] = {
-    "image_size": ("image_size", 224),
-    "patch_size": ("patch_size", 32),
-    "hidden_size": ("width", 768),
-    "num_hidden_layers": ("depth", 12),
-    "num_attention_heads": ("heads", 12),
-    "intermediate_size": ("mlp_hidden", 3072),
-    "hidden_act": ("act", "quick_gelu"),
-    "layer_norm_eps": ("ln_eps", 1e-5),
+# Their field of a tower -> ours.
+TOWER = {
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "hidden_act": "act",
+    "layer_norm_eps": "ln_eps",
 }
-HF_TEXT: dict[str, tuple[str, Any]] = {
-    "max_position_embeddings": ("context", 77),
-    "vocab_size": ("vocab", 49408),
-    "hidden_size": ("width", 512),
-    "num_hidden_layers": ("depth", 12),
-    "num_attention_heads": ("heads", 8),
-    "intermediate_size": ("mlp_hidden", 2048),
-    "hidden_act": ("act", "quick_gelu"),
-    "layer_norm_eps": ("ln_eps", 1e-5),
-}
-HF_MODEL_TYPES = ("clip",)
-# What evaluation always does, and so must an image processor, where its file names it.
-PROCESSOR_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+VISION = {"image_size": "image_size", "patch_size": "patch_size", **TOWER}
+TEXT = {"max_position_embeddings": "context", "vocab_size": "vocab", **TOWER}
+HIDDEN = {"intermediate_size": "mlp_hidden"}  # DINOv2 has a ratio instead
+
+# What transformers takes for a field that config.json leaves out: model_type -> tower -> ours.
+_BASE = dict(width=768, depth=12, heads=12, mlp_hidden=3072)
+_CLIP_TOWER = dict(act="quick_gelu", ln_eps=1e-5)
+_SIGLIP_TOWER = dict(act="gelu_pytorch_tanh", ln_eps=1e-6)
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "clip": {
+        "vision_config": dict(image_size=224, patch_size=32, **_BASE, **_CLIP_TOWER),
+        "text_config": dict(
+            context=77, vocab=49408, width=512, depth=12, heads=8, mlp_hidden=2048, **_CLIP_TOWER
+        ),
+    },
+    "siglip": {
+        "vision_config": dict(image_size=224, patch_size=16, **_BASE, **_SIGLIP_TOWER),
+        "text_config": dict(context=64, vocab=32000, **_BASE, **_SIGLIP_TOWER),
+    },
+    "dinov2": {
+        "": dict(image_size=224, patch_size=14, width=768, depth=12, heads=12, act="gelu",
+                 ln_eps=1e-6),
+    },
+}  # fmt: skip
+ACTS = {"gelu_pytorch_tanh": "gelu_tanh"}  # theirs -> ours, where the names differ
+# model_type -> its first table in ``keymaps``; ``hf_format`` tells the two of DINOv2 apart.
+HF_FORMATS = {"clip": "hf_clip", "siglip": "hf_siglip", "dinov2": "hf_dinov2"}
+
+
+def hf_format(spec: ClipSpec) -> str:
+    """The table in ``keymaps`` of the transformers model that is nearest to ``spec``."""
+    if spec.text is None:
+        return "hf_dinov2_swiglu" if spec.vision.act == "swiglu" else "hf_dinov2"
+    return "hf_siglip" if spec.vision.pool == "map" else "hf_clip"
 
 
 def hf_spec(root: Path) -> ClipSpec:
-    """The specification that a Hugging Face directory describes; UserError if it is not CLIP."""
+    """The specification that a Hugging Face directory describes; UserError if it is of no use."""
     where = root / "config.json"
     config = read_json(where)
     kind = config.get("model_type")
-    if kind not in HF_MODEL_TYPES:
-        nearest = get_close_matches(str(kind), HF_MODEL_TYPES, 1, cutoff=0.0)[0]
+    if kind not in HF_FORMATS:
+        nearest = (get_close_matches(str(kind), HF_FORMATS, 1, cutoff=0.4) or ["clip"])[0]
         raise UserError(
-            f"{where}: model_type {kind!r} is not supported; the nearest is {nearest!r}"
+            f"{where}: model_type {kind!r} is not supported; the nearest is {nearest!r} "
+            f"({', '.join(HF_FORMATS)} are)"
         )
+    return checked(READERS[kind](root, config, where), str(where))
+
+
+def _clip_spec(root: Path, config: Mapping, where: Path) -> ClipSpec:
     out_dim = config.get("projection_dim", 512)
-    vision = _hf_section(config, "vision_config", HF_VISION)
-    text = _hf_section(config, "text_config", HF_TEXT)
+    vision = _section(config, "clip", "vision_config", VISION | HIDDEN, where)
+    text = _section(config, "clip", "text_config", TEXT | HIDDEN, where)
     _check_end_token(config, text["vocab"], where)
-    for name in ("image_size", "patch_size"):
-        vision[name] = _side(vision[name], f"{where}: vision_config.{name}")
     vision |= dict(embed_norm=True, patch_bias=False, out_dim=out_dim)
-    spec = ClipSpec(
+    return ClipSpec(
         build(VitSpec, vision, f"{where}: vision_config"),
         build(TextSpec, text | dict(out_dim=out_dim), f"{where}: text_config"),
-        **_statistics(root, vision["image_size"]),
+        **read_processor(root, "clip", vision["image_size"]),
     )
-    return checked(spec, str(where))
 
 
-def _hf_values(config: Mapping, section: str) -> dict:
+def _siglip_spec(root: Path, config: Mapping, where: Path) -> ClipSpec:
+    vision = _section(config, "siglip", "vision_config", VISION | HIDDEN, where)
+    text = _section(config, "siglip", "text_config", TEXT | HIDDEN, where)
+    if _values(config, "vision_config").get("vision_use_head", True) is not True:
+        raise UserError(f"{where}: vision_config.vision_use_head must be true, or be left out")
+    vision |= dict(cls=False, pool="map", head_proj=False, out_dim=vision["width"])
+    out_dim = _values(config, "text_config").get("projection_size") or text["width"]
+    text |= dict(causal=False, pool="last", head_bias=True, out_dim=out_dim)
+    return ClipSpec(
+        build(VitSpec, vision, f"{where}: vision_config"),
+        build(TextSpec, text, f"{where}: text_config"),
+        **read_processor(root, "siglip", vision["image_size"]),
+        logit_bias=True,
+        tokenizer=tokenizer_name(root),
+    )
+
+
+def _dinov2_spec(root: Path, config: Mapping, where: Path) -> ClipSpec:
+    vision = _section(config, "dinov2", "", VISION, where)
+    ratio, swiglu = config.get("mlp_ratio", 4), config.get("use_swiglu_ffn", False) is True
+    if type(ratio) not in (int, float) or not 0 < ratio < 100:
+        raise UserError(f"{where}: mlp_ratio={ratio!r} must be a number between 0 and 100")
+    vision |= dict(
+        act="swiglu" if swiglu else vision["act"],
+        out_dim=vision["width"],
+        qkv_bias="qkv" if config.get("qkv_bias", True) else "",
+        layer_scale=True,
+        head_proj=False,
+    )
+    if type(vision["width"]) is int:  # else ``build`` says so
+        vision["mlp_hidden"] = dinov2_hidden(vision["width"], ratio, swiglu)
+    spec = build(VitSpec, {"mlp_hidden": 1} | vision, str(where))
+    return ClipSpec(spec, None, **read_processor(root, "dinov2", spec.image_size))
+
+
+READERS = {"clip": _clip_spec, "siglip": _siglip_spec, "dinov2": _dinov2_spec}
+
+
+def _values(config: Mapping, section: str) -> Mapping:
     """A section of config.json; as in transformers, its old twin ``<section>_dict`` wins."""
-    values = config.get(f"{section}_dict") or config.get(section)
-    return values if isinstance(values, dict) else {}
+    values = config.get(f"{section}_dict") or config.get(section) if section else config
+    return values if isinstance(values, Mapping) else {}
 
 
-def _hf_section(config: Mapping, section: str, table: Mapping[str, tuple[str, Any]]) -> dict:
-    values = _hf_values(config, section)
-    return {ours: values.get(theirs, default) for theirs, (ours, default) in table.items()}
+def _section(config: Mapping, kind: str, section: str, fields: Mapping, where: Path) -> dict:
+    """A tower's values under our names, defaults filled in."""
+    values, defaults = _values(config, section), DEFAULTS[kind][section]
+    ours = {to: values.get(theirs, defaults[to]) for theirs, to in fields.items()}
+    ours["act"] = ACTS.get(str(ours["act"]), ours["act"])
+    for name in ("image_size", "patch_size"):
+        if name in ours:
+            ours[name] = side(ours[name], f"{where}: {f'{section}.{name}'.lstrip('.')}")
+    return ours
 
 
 def _check_end_token(config: Mapping, vocab: int, where: Path) -> None:
     """Ours pools at the highest id; so must theirs, by that id or, where it is 2, by argmax."""
-    end = _hf_values(config, "text_config").get("eos_token_id", 49407)
+    end = _values(config, "text_config").get("eos_token_id", 49407)
     if end not in (2, vocab - 1):
         raise UserError(
             f"{where}: text_config.eos_token_id={end!r} must be the last of the {vocab} tokens"
         )
 
 
-def _side(value: Any, where: str) -> int:
-    """The side of a square, which they write as 224, [224, 224] or {"height": 224, ...}."""
-    sides = list(value.values()) if isinstance(value, dict) else value
-    sides = sides if isinstance(sides, list) else [sides]
-    if not sides or type(sides[0]) is not int or len(set(sides)) > 1:
-        raise UserError(f"{where}={value!r} is not square")
-    return sides[0]
+def hf_configs(
+    spec: ClipSpec, dtype: str = "float32", tokenizer_file: Path | None = None
+) -> dict[str, dict]:
+    """File name -> contents: the configuration of the model, of its image processor, its tokenizer.
 
-
-def _statistics(root: Path, image_size: int) -> dict:
-    """Image mean and std; OpenAI's where the directory does not say."""
-    where, values = _image_processor(root)
-    _check_processor(values, image_size, where)
-    return {
-        ours: channels(values[theirs], f"{where}: {theirs}")
-        for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
-        if theirs in values
-    }
-
-
-def _image_processor(root: Path) -> tuple[Path, dict]:
-    """The image processor's file and values; a section of the whole processor's, if there, wins."""
-    whole, alone = root / "processor_config.json", root / "preprocessor_config.json"
-    section = read_json(whole).get("image_processor") if whole.is_file() else None
-    if isinstance(section, dict):
-        return whole, section
-    return alone, read_json(alone) if alone.is_file() else {}
-
-
-def _check_processor(values: Mapping, image_size: int, where: Path) -> None:
-    """Refuse pixels that ours would differ from: shortest side, centre crop, / 255, normalise."""
-    size = values.get("size", image_size)
-    if isinstance(size, dict):
-        if "shortest_edge" not in size:
-            raise UserError(f"{where}: size={size!r} must give the shortest_edge, nothing else")
-        size = size["shortest_edge"]
-    sides = {"crop_size": values.get("crop_size", image_size), "size": size}
-    for name, side in sides.items():
-        if (side := _side(side, f"{where}: {name}")) != image_size:
-            raise UserError(
-                f"{where}: {name} {side} is not the image_size {image_size} of config.json"
-            )
-    resample = values.get("resample", PIL_FILTERS["bicubic"])
-    if resample not in PIL_FILTERS.values():
-        raise UserError(f"{where}: resample={resample!r} must be one of {PIL_FILTERS}")
-    for step in PROCESSOR_STEPS:
-        if values.get(step, True) is not True:
-            raise UserError(f"{where}: {step}={values[step]!r} must be true, or be left out")
-    factor = values.get("rescale_factor", 1 / 255)
-    if not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise UserError(f"{where}: rescale_factor={factor!r} must be 1/255")
-
-
-def hf_configs(spec: ClipSpec, dtype: str = "float32") -> dict[str, dict]:
-    """File name -> contents: the configuration of a ``CLIPModel`` and of its image processor.
-
-    ``dtype``: that of the weights beside it.
+    ``dtype``: that of the weights beside it. ``tokenizer_file``: what the caller copies beside
+    them; its configuration is written only where it is given, and needed (not for CLIP's own).
+    Raises UserError for what transformers' configuration cannot say.
     """
-    vision = {theirs: getattr(spec.vision, ours) for theirs, (ours, _) in HF_VISION.items()}
-    text = {theirs: getattr(spec.text, ours) for theirs, (ours, _) in HF_TEXT.items()}
+    kind = next(kind for kind, fmt in HF_FORMATS.items() if hf_format(spec).startswith(fmt))
+    model = {"dtype": dtype, "model_type": kind, **WRITERS[kind](spec)}
+    files = {"config.json": model, "preprocessor_config.json": processor_config(spec, kind)}
+    if kind == "siglip" and tokenizer_file is not None:
+        files["tokenizer_config.json"] = tokenizer_config(spec, tokenizer_file)
+    return files
+
+
+def _theirs(tower: VitSpec | TextSpec, fields: Mapping[str, str]) -> dict:
+    values = {theirs: getattr(tower, ours) for theirs, ours in fields.items()}
+    acts = {ours: theirs for theirs, ours in ACTS.items()}
+    return values | {"hidden_act": acts.get(tower.act, tower.act)}
+
+
+def _clip_config(spec: ClipSpec) -> dict:
     # CLIP's vocabulary ends with start and end of text.
-    text |= dict(bos_token_id=spec.text.vocab - 2, eos_token_id=spec.text.vocab - 1)
-    side = spec.vision.image_size
-    model = {
+    ends = dict(bos_token_id=spec.text.vocab - 2, eos_token_id=spec.text.vocab - 1)
+    text = {"model_type": "clip_text_model", **_theirs(spec.text, TEXT | HIDDEN), **ends}
+    vision = {"model_type": "clip_vision_model", **_theirs(spec.vision, VISION | HIDDEN)}
+    return {
         "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "dtype": dtype,
         "projection_dim": spec.vision.out_dim,
-        "text_config": {"model_type": "clip_text_model", **text},
-        "vision_config": {"model_type": "clip_vision_model", **vision},
+        "text_config": text,
+        "vision_config": vision,
     }
-    processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": PIL_FILTERS[spec.interpolation],
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_convert_rgb": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
+
+
+def _siglip_config(spec: ClipSpec) -> dict:
+    # Nothing reads the ids, but their defaults lie outside of SigLIP's own vocabulary.
+    ends = dict(bos_token_id=None, eos_token_id=1, projection_size=spec.text.out_dim)
+    text = {"model_type": "siglip_text_model", **_theirs(spec.text, TEXT | HIDDEN), **ends}
+    vision = {"model_type": "siglip_vision_model", **_theirs(spec.vision, VISION | HIDDEN)}
+    return {"architectures": ["SiglipModel"], "text_config": text, "vision_config": vision}
+
+
+def _dinov2_config(spec: ClipSpec) -> dict:
+    vision, swiglu = spec.vision, spec.vision.act == "swiglu"
+    ratio = dinov2_ratio(vision)
+    if ratio is None:
+        raise UserError("; ".join(dinov2_reasons(spec)))
+    act = {"hidden_act": "gelu"} if swiglu else {}  # not used beside the gate
+    return {
+        "architectures": ["Dinov2Model"],
+        **_theirs(vision, VISION),
+        **act,
+        "mlp_ratio": ratio,
+        "qkv_bias": bool(vision.qkv_bias),
+        "use_swiglu_ffn": swiglu,
     }
-    return {"config.json": model, "preprocessor_config.json": processor}
+
+
+WRITERS = {"clip": _clip_config, "siglip": _siglip_config, "dinov2": _dinov2_config}

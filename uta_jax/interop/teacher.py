@@ -1,111 +1,151 @@
 """A path -> the CLIP that lies there: specification, float32 parameters and provenance.
 
-What is read: a Hugging Face CLIP directory; a released UTA state dict (``.safetensors`` or
-``.pt``; with our JSON beside it also of other sizes); a directory written by ``convert``; and
-``asset:NAME``, which ships with the package. Every mistake is one line naming the file, before
-anything is compiled.
+What is read: every format of ``keymaps``, as ``interop/find.py`` finds it. Every mistake is one
+line naming the file, before anything is compiled.
 """
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
+from functools import cached_property
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from uta_jax import UserError
 from uta_jax.interop import translate
 from uta_jax.interop.files import (
-    StoredTensor,
+    SafetensorsWriter,
+    Tensor,
     check_free,
-    open_weights,
-    read_json,
     sha256,
     whole_dir,
     write_json,
     write_safetensors,
 )
-from uta_jax.interop.hf_config import hf_spec
-from uta_jax.interop.specs import spec_from_json
-from uta_jax.models.presets import CLIP, VIT, ClipSpec, resized
+from uta_jax.interop.find import SPEC_FILE, WEIGHTS_FILE, Found, find, identify
+from uta_jax.models.presets import ClipSpec, resized
 
-SPEC_FILE = "spec.json"
-WEIGHTS_FILE = "weights.safetensors"
 
-RELEASED = ("uta_b16", "uta_l14_336", "uta_g14_336")
+@dataclass(frozen=True)
+class Source:
+    """Where weights came from."""
+
+    path: str | Path  # as it was given
+    found: Found
+    digest: str = ""  # sha256 of the weights, where it is known already
+
+    @cached_property
+    def provenance(self) -> dict[str, str]:
+        """Name, format and sha256 of the weights as they were published; reads the files once."""
+        if self.found.source:
+            return dict(self.found.source)
+        path = str(self.path)
+        name = path if ":" in path else Path(path).resolve().name
+        digest = self.digest or sha256(*self.found.weights)
+        return {"name": name, "format": self.found.fmt, "sha256": digest}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A CLIP in memory. ``params``: nested dicts of float32 numpy arrays."""
+    """A CLIP in memory. ``params``: nested dicts of float32 numpy arrays, of any memory order."""
 
     spec: ClipSpec
     params: dict
-    tokenizer_context: int
-    provenance: dict[str, str]  # name, format, sha256 of the weights as they were published
+    source: Source
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Name, format and sha256 of the weights; asked for the first time it reads their files."""
+        return self.source.provenance
+
+    @property
+    def tokenizer_context(self) -> int:
+        """Tokens of a text; 0 for a vision tower alone."""
+        return self.spec.text.context if self.spec.text else 0
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The file beside the weights that ``spec.tokenizer`` names, if it is there."""
+        return _tokenizer_file(self.spec, self.source.found)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Where a checkpoint lies, before any weight is read."""
+def load_clip(path: str | Path, image_size: int = 0, fmt: str = "", preset: str = "") -> Checkpoint:
+    """Read the CLIP at ``path``: a directory or file of any format, ``asset:NAME``,
+    ``hf-hub:org/name[@revision]`` or ``open_clip:ARCHITECTURE/TAG``.
 
-    where: str
-    fmt: str
-    weights: tuple[Path, ...]
-    spec: ClipSpec | None  # None: to be told from the shapes
-    sha256: str = ""  # what the weights must hash to, where that is on record
-    source: Mapping[str, str] | None = None  # provenance on record
-
-
-def load_clip(path: str | Path, image_size: int = 0) -> Checkpoint:
-    """Read the CLIP at ``path``; ``image_size`` > 0 resamples its positions for that input size.
+    Args:
+      path: see above.
+      image_size: > 0 resamples the learned positions for that input size.
+      fmt: a key of ``keymaps.FORMATS``; empty: by the configuration, or the tensors' names.
+      preset: the architecture (``find.PRESETS``) of weights that have no configuration.
 
     Raises UserError for anything missing, damaged, of another architecture, or not finite.
     """
-    found = _find(path)
-    tensors = open_weights(*found.weights)
-    spec = found.spec or released_spec(found.where, tensors)
-    size = image_size or spec.vision.image_size
-    if size % spec.vision.patch_size:
-        raise UserError(
-            f"image_size={size} for {path}: its patch size {spec.vision.patch_size} must divide it"
-        )
-    with ThreadPoolExecutor(1) as pool:
-        digest = pool.submit(sha256, *found.weights)  # a second core reads along
-        params = _to_ours(found, spec, tensors)
-    if found.sha256 and found.sha256 != digest.result():
-        raise UserError(f"{found.where}: weights are damaged (sha256 differs from {SPEC_FILE})")
-    if size != spec.vision.image_size:
-        spec = replace(spec, vision=resized(spec.vision, size))
+    found, tensors = identify(find(path, fmt, preset), preset)
+    spec = _at_size(found.spec, image_size, path)
+    with ThreadPoolExecutor(1) as pool, _naming(found, UserError, OSError):
+        hashed = pool.submit(_digest, found) if found.sha256 else None
+        params = translate.to_ours(found.fmt, found.spec, tensors)
+    digest = hashed.result() if hashed else ""
+    if spec != found.spec:
         vision = params["vision"]
-        vision["pos_embed"] = resample_positions(vision["pos_embed"], spec.vision.grid)
-    provenance = {"name": _name(path), "format": found.fmt, "sha256": digest.result()}
-    return Checkpoint(spec, params, spec.text.context, dict(found.source or provenance))
+        vision["pos_embed"] = resample_positions(
+            vision["pos_embed"], spec.vision.grid, spec.vision.cls
+        )
+    return Checkpoint(spec, params, Source(path, found, digest))
 
 
-def read_spec(path: str | Path) -> ClipSpec:
+def read_spec(path: str | Path, fmt: str = "", preset: str = "") -> ClipSpec:
     """The specification of the CLIP at ``path``, without reading its weights."""
-    found = _find(path)
-    return found.spec or released_spec(found.where, open_weights(*found.weights, peek=True))
+    found = find(path, fmt, preset)
+    return found.spec or identify(found, preset)[0].spec
 
 
-def convert(src: str | Path, dst: str | Path, overwrite: bool = False) -> Checkpoint:
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote."""
+
+    spec: ClipSpec
+    provenance: dict[str, str]
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    overwrite: bool = False,
+    *,
+    fmt: str = "",
+    preset: str = "",
+    image_size: int = 0,
+    digest: str = "",
+) -> Converted:
     """Write the CLIP at ``src`` as our own directory ``dst``: float32 weights and ``spec.json``.
+
+    Tensors pass through memory one by one, however large the file is. ``src``, ``fmt``, ``preset``,
+    ``image_size``: as ``load_clip``. ``digest``: the sha256 that the weights must have.
 
     ``dst`` appears whole or not at all. Raises UserError where it exists, unless ``overwrite``.
     """
     dst = Path(dst)
     check_free(dst, overwrite)
-    checkpoint = load_clip(src)
-    with whole_dir(dst, overwrite) as work:
-        tensors = translate.to_theirs("uta_jax", checkpoint.spec, checkpoint.params)
-        origin = {"source": checkpoint.provenance}
-        write_recorded(work, "uta_jax", WEIGHTS_FILE, tensors, checkpoint.spec, origin)
-    return checkpoint
+    found, tensors = identify(find(src, fmt, preset), preset)
+    spec = _at_size(found.spec, image_size, src)
+    with _naming(found, UserError):
+        translate.check_tensors(found.fmt, found.spec, tensors)
+    with whole_dir(dst, overwrite) as work, ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(_digest, found, digest)
+        with _naming(found, UserError):
+            written = _stream(found, tensors, spec, work / WEIGHTS_FILE)
+        if tokenizer := _tokenizer_file(spec, found):
+            shutil.copyfile(tokenizer, work / spec.tokenizer)
+        provenance = Source(src, found, hashed.result()).provenance
+        _record(work, "uta_jax", WEIGHTS_FILE, written, spec, {"source": provenance})
+    return Converted(spec, provenance)
 
 
 def write_recorded(
@@ -117,24 +157,26 @@ def write_recorded(
     origin: Mapping[str, Any],
 ) -> None:
     """Weights, and beside them ``spec.json``: what they do not say, and where they came from."""
-    digest = write_safetensors(folder / name, tensors)
-    record = {"format": fmt, "weights": name, "sha256": digest, "spec": asdict(spec)}
-    write_json(folder / SPEC_FILE, {**record, "tokenizer": "clip", **origin})
+    _record(folder, fmt, name, write_safetensors(folder / name, tensors), spec, origin)
 
 
-def resample_positions(pos_embed: np.ndarray, grid: int) -> np.ndarray:
-    """Learned positions [1 + n, d], CLS first, for a ``grid`` x ``grid`` image.
+def resample_positions(pos_embed: np.ndarray, grid: int, cls: bool = True) -> np.ndarray:
+    """Learned positions [1 + n, d], CLS first, or [n, d] for a ``grid`` x ``grid`` image.
 
     Bicubic (a = -0.5), widened when shrinking, CLS untouched: open_clip, ``resize_pos_embed``.
+    ``cls``: whether there is a row for CLS. Raises UserError where the others are no square.
     """
-    old = isqrt(len(pos_embed) - 1)
+    first = int(cls)
+    old = isqrt(len(pos_embed) - first)
+    if old * old != len(pos_embed) - first:
+        raise UserError(f"{len(pos_embed)} positions, cls={cls}, are those of no square image")
     if old == grid:
         return pos_embed
     weights = _cubic_weights(old, grid)
-    table = pos_embed[1:].reshape(old, old, -1).astype(np.float64)
+    table = pos_embed[first:].reshape(old, old, -1).astype(np.float64)
     table = np.einsum("ir,jc,rcd->ijd", weights, weights, table, optimize=True)
     table = table.reshape(grid * grid, -1).astype(pos_embed.dtype)
-    return np.concatenate([pos_embed[:1], table])
+    return np.concatenate([pos_embed[:first], table])
 
 
 def _cubic_weights(old: int, new: int) -> np.ndarray:
@@ -148,98 +190,56 @@ def _cubic_weights(old: int, new: int) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def _to_ours(found: _Found, spec: ClipSpec, tensors: Mapping[str, StoredTensor]) -> dict:
+def _record(
+    folder: Path, fmt: str, name: str, digest: str, spec: ClipSpec, origin: Mapping[str, Any]
+) -> None:
+    record = {"format": fmt, "weights": name, "sha256": digest, "spec": asdict(spec)}
+    write_json(folder / SPEC_FILE, {**record, **origin})
+
+
+def _stream(found: Found, tensors: Mapping[str, Tensor], spec: ClipSpec, path: Path) -> str:
+    """Write the parameters of ``found`` at the size of ``spec``; the sha256 of the file."""
+    with SafetensorsWriter(path, translate.param_shapes(spec)) as writer:
+
+        def put(name: str, start: int, values: np.ndarray) -> None:
+            if name == "vision/pos_embed":
+                values = resample_positions(values, spec.vision.grid, spec.vision.cls)
+            writer.put(name, start, values)
+
+        translate.stream_ours(found.fmt, found.spec, tensors, put)
+        return writer.finish()
+
+
+def _at_size(spec: ClipSpec, image_size: int, path: str | Path) -> ClipSpec:
+    size = image_size or spec.vision.image_size
+    if size % spec.vision.patch_size or size < 1:
+        raise UserError(
+            f"image_size={size} for {path}: its patch size {spec.vision.patch_size} must divide it"
+        )
+    return replace(spec, vision=resized(spec.vision, size))
+
+
+def _digest(found: Found, wanted: str = "") -> str:
+    """The sha256 of the weights; UserError if it is not the one wanted, or on record."""
+    digest = sha256(*found.weights)
+    for expected, where in ((wanted.lower(), "wanted"), (found.sha256, f"in {SPEC_FILE}")):
+        if expected not in ("", digest):
+            raise UserError(
+                f"{found.where}: weights are damaged, or others: their sha256 is {digest}, not "
+                f"the {expected} {where}"
+            )
+    return digest
+
+
+def _tokenizer_file(spec: ClipSpec, found: Found) -> Path | None:
+    path = found.weights[0].parent / spec.tokenizer
+    return path if spec.tokenizer != "clip" and path.is_file() else None
+
+
+@contextmanager
+def _naming(found: Found, *errors: type[Exception]) -> Iterator[None]:
+    """What goes wrong in the middle of reading names the checkpoint, too."""
     try:
-        return translate.to_ours(found.fmt, spec, tensors)
-    except (UserError, SafetensorError, OSError) as error:
+        yield
+    except errors as error:
         raise UserError(f"{found.where}: {error}") from None
-
-
-# Finding a checkpoint
-
-
-def _find(path: str | Path) -> _Found:
-    root = _asset(str(path)) if str(path).startswith("asset:") else Path(path)
-    if not root.exists():
-        raise UserError(f"{path}: no such file or directory")
-    if root.is_file():
-        return _find_file(root)
-    if (root / SPEC_FILE).is_file():
-        return _from_record(root / SPEC_FILE)
-    if (root / "config.json").is_file():
-        return _Found(str(root), "hf_clip", _hf_weights(root), hf_spec(root))
-    raise UserError(
-        f"{path}: holds neither config.json (Hugging Face CLIP) nor {SPEC_FILE} (uta-jax, UTA)"
-    )
-
-
-def _asset(path: str) -> Path:
-    assets = Path(str(resources.files("uta_jax"))) / "assets"
-    name = path.removeprefix("asset:")
-    names = sorted(p.name for p in assets.iterdir() if p.is_dir()) if assets.is_dir() else []
-    if name not in names:
-        raise UserError(f"{path}: no such asset; there are: {', '.join(names) or 'none'}")
-    return assets / name
-
-
-def _find_file(path: Path) -> _Found:
-    if path.suffix not in (".safetensors", ".pt"):
-        raise UserError(f"{path}: give a directory, a .safetensors or a .pt file")
-    for record in (path.with_suffix(".json"), path.parent / SPEC_FILE):
-        if record.is_file():
-            return _from_record(record, path)
-    return _Found(str(path), "uta", (path,), None)
-
-
-def _from_record(record: Path, weights: Path | None = None) -> _Found:
-    values = read_json(record)
-    fmt = values.get("format")
-    if fmt not in ("uta", "uta_jax"):
-        raise UserError(f"{record}: format={fmt!r} must be 'uta' or 'uta_jax'")
-    name = values.get("weights", WEIGHTS_FILE)
-    weights = weights or record.parent / _plain(name, record)
-    spec = spec_from_json(values.get("spec"), str(record))
-    source = values.get("source")
-    source = source if isinstance(source, dict) else None
-    return _Found(str(record.parent), fmt, (weights,), spec, values.get("sha256", ""), source)
-
-
-def _hf_weights(root: Path) -> tuple[Path, ...]:
-    single, index = root / "model.safetensors", root / "model.safetensors.index.json"
-    if single.is_file() or not index.is_file():
-        return (single,)
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise UserError(f"{index}: has no weight_map")
-    return tuple(root / name for name in sorted({_plain(x, index) for x in shards.values()}))
-
-
-def _plain(name: Any, where: Path) -> str:
-    """A file name out of a JSON file: it may not lead out of the directory."""
-    if not isinstance(name, str) or Path(name).name != name:
-        raise UserError(f"{where}: {name!r} is not a file name")
-    return name
-
-
-def _name(path: str | Path) -> str:
-    return str(path) if str(path).startswith("asset:") else Path(path).resolve().name
-
-
-def released_spec(where: str, tensors: Mapping[str, StoredTensor]) -> ClipSpec:
-    """The released UTA model of this width and patch: what only the code of the authors tells."""
-    kernel = tensors.get("visual.patch_embed.proj.weight")
-    positions = tensors.get("visual.pos_embed")
-    if kernel is None or positions is None or len(kernel.shape) != 4 or len(positions.shape) != 3:
-        raise UserError(
-            f"{where}: neither a released UTA state dict nor accompanied by a {SPEC_FILE} "
-            "(a Hugging Face model is given by its directory)"
-        )
-    released = {(s.width, s.patch_size): s for s in map(VIT.get, RELEASED)}
-    vision = released.get((kernel.shape[0], kernel.shape[-1]))
-    if vision is None:
-        raise UserError(
-            f"{where}: width {kernel.shape[0]} with patch size {kernel.shape[-1]} is none of the "
-            f"released UTA models ({', '.join(RELEASED)}): put a {SPEC_FILE} beside it"
-        )
-    vision = resized(vision, isqrt(positions.shape[1] - 1) * vision.patch_size)
-    return ClipSpec(vision, CLIP["eva01_g14_plus"].text)

@@ -97,6 +97,13 @@ def _clip_text(width, heads, depth=12, out_dim=None, act="quick_gelu", context=7
     return TextSpec(context, 49408, width, depth, heads, 4 * width, out_dim or width, act=act)
 
 
+def _gelu_clip(image_size, patch_size, width, depth, heads, out_dim, text_heads, text_depth=12):
+    return ClipSpec(
+        _clip_vit(image_size, patch_size, width, depth, heads, out_dim, act="gelu"),
+        _clip_text(out_dim, text_heads, depth=text_depth, act="gelu"),
+    )
+
+
 def _eva02_vit(image_size, patch_size, width, depth, heads, mlp_hidden, out_dim):
     return replace(
         _uta_vit(image_size, patch_size, width, depth, heads, mlp_hidden, out_dim), attn_norm=True
@@ -145,10 +152,16 @@ _TINY_VIT = _clip_vit(64, 8, 128, 4, 4, 64)
 
 CLIP: dict[str, ClipSpec] = {
     # OpenAI CLIP (Radford et al. 2021, table 20); openai/clip-vit-* on Hugging Face agree.
+    # Shapes do not tell them from the *_gelu ones.
     "clip_b32": ClipSpec(_clip_vit(224, 32, 768, 12, 12, 512), _clip_text(512, 8)),
     "clip_b16": ClipSpec(_clip_vit(224, 16, 768, 12, 12, 512), _clip_text(512, 8)),
     "clip_l14": ClipSpec(_clip_vit(224, 14, 1024, 24, 16, 768), _clip_text(768, 12)),
     "clip_l14_336": ClipSpec(_clip_vit(336, 14, 1024, 24, 16, 768), _clip_text(768, 12)),
+    # OpenCLIP (open_clip/model_configs/ViT-{B-32,B-16,L-14,H-14}.json): laion/CLIP-*.
+    "clip_b32_gelu": _gelu_clip(224, 32, 768, 12, 12, 512, 8),
+    "clip_b16_gelu": _gelu_clip(224, 16, 768, 12, 12, 512, 8),
+    "clip_l14_gelu": _gelu_clip(224, 14, 1024, 24, 16, 768, 12),
+    "clip_h14_gelu": _gelu_clip(224, 14, 1280, 32, 16, 1024, 16, text_depth=24),
     # EVA-CLIP (baaivision/EVA, EVA-CLIP/rei/eva_clip/model_configs). EVA01: no RoPE, no sub-LN;
     # EVA02: rotary positions, SwiGLU, LayerNorm inside attention and MLP.
     "eva01_g14": ClipSpec(_EVA01_G, _clip_text(768, 12, out_dim=1024, act="gelu")),
@@ -162,6 +175,10 @@ CLIP: dict[str, ClipSpec] = {
     "eva02_l14_336": ClipSpec(
         _eva02_vit(336, 14, 1024, 24, 16, 2730, 768), _clip_text(768, 12, act="gelu")
     ),
+    # Released UTA: the student, beside the text tower that it is aligned to (jihaonew/UTA).
+    "uta_b16": ClipSpec(_uta_vit(224, 16, 768, 12, 12, 2048), _TEXT_H),
+    "uta_l14_336": ClipSpec(_uta_vit(336, 14, 1024, 24, 16, 2730), _TEXT_H),
+    "uta_g14_336": ClipSpec(_uta_vit(336, 14, 1408, 40, 16, 4096), _TEXT_H),
     # google/siglip-base-patch16-224 and google/siglip2-base-patch16-224.
     "siglip_b16": _siglip(224, 16, 768, 12, 12, 3072, 32000),
     "siglip2_b16": _siglip(224, 16, 768, 12, 12, 3072, 256000),
@@ -170,11 +187,8 @@ CLIP: dict[str, ClipSpec] = {
 }
 
 VIT: dict[str, VitSpec] = {
-    # Released students (jihaonew/UTA, eva_vit_model/eva_vit.py): hidden = int(width * mlp_ratio).
-    "uta_b16": _uta_vit(224, 16, 768, 12, 12, 2048),
-    "uta_l14_336": _uta_vit(336, 14, 1024, 24, 16, 2730),
-    "uta_g14_336": _uta_vit(336, 14, 1408, 40, 16, 4096),
-    # The same at the size of their pre-training recipes here.
+    # The released students of UTA (below, with CLIP) at the size of their pre-training recipes
+    # here; eva_vit_model/eva_vit.py: hidden = int(width * mlp_ratio).
     "uta_l14": _uta_vit(224, 14, 1024, 24, 16, 2730),
     "uta_g14": _uta_vit(224, 14, 1408, 40, 16, 4096),
     # facebook/dinov2-*: frozen vision towers, without a text tower of their own.

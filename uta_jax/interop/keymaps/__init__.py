@@ -9,7 +9,7 @@ format cannot say in rows (activations, epsilons, rotary positions) stands in it
 A new format is one more entry of ``FORMATS``; ``interop/translate.py`` does the rest.
 """
 
-from uta_jax.interop.keymaps import hugging_face, open_clip
+from uta_jax.interop.keymaps import hugging_face, open_clip, timm
 from uta_jax.interop.keymaps.rows import RULES, Extra, Format, Row
 
 __all__ = ["FORMATS", "RULES", "Extra", "Format", "Row"]
@@ -17,5 +17,6 @@ __all__ = ["FORMATS", "RULES", "Extra", "Format", "Row"]
 FORMATS: dict[str, Format] = {
     **hugging_face.FORMATS,
     **open_clip.FORMATS,
+    **timm.FORMATS,
     "uta_jax": Format("uta-jax", ()),  # our own directory: every path is its own name
 }

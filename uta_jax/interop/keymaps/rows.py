@@ -81,16 +81,31 @@ class Format:
     extras: tuple[Extra, ...] = ()
     vision: Mapping[str, tuple] = field(default_factory=dict)  # VitSpec field -> values it can hold
     text: Mapping[str, tuple] = field(default_factory=dict)  # TextSpec field -> values it can hold
+    # What no single field tells: short reasons why it cannot hold an architecture.
+    reasons: Callable[[ClipSpec], list[str]] = lambda spec: []
 
 
-def affine(theirs: str, ours: str, rule: str = "linear", bias: str = "same") -> tuple[Row, Row]:
+def affine(
+    theirs: str, ours: str, rule: str = "linear", bias: str = "same", optional: bool = False
+) -> tuple[Row, Row]:
     """The two rows of a linear map."""
     return (
-        Row(f"{theirs}.weight", f"{ours}/kernel", rule),
-        Row(f"{theirs}.bias", f"{ours}/bias", bias),
+        Row(f"{theirs}.weight", f"{ours}/kernel", rule, optional),
+        Row(f"{theirs}.bias", f"{ours}/bias", bias, optional),
     )
 
 
-def norm(theirs: str, ours: str) -> tuple[Row, Row]:
+def norm(theirs: str, ours: str, optional: bool = False) -> tuple[Row, Row]:
     """The two rows of a LayerNorm."""
-    return Row(f"{theirs}.weight", f"{ours}/scale"), Row(f"{theirs}.bias", f"{ours}/bias")
+    return (
+        Row(f"{theirs}.weight", f"{ours}/scale", optional=optional),
+        Row(f"{theirs}.bias", f"{ours}/bias", optional=optional),
+    )
+
+
+def heads(theirs: str, ours: str, parts: str = "qkv") -> tuple[Row, Row]:
+    """Weight and bias of a linear map that makes several of q, k and v at once."""
+    return (
+        Row(f"{theirs}weight", tuple(f"{ours}/{x}/kernel" for x in parts), "to_heads"),
+        Row(f"{theirs}bias", tuple(f"{ours}/{x}/bias" for x in parts), "head_bias"),
+    )
