@@ -36,6 +36,12 @@ setup(
         "tensorflow-datasets>=4.9.10,<4.10",  # reads and writes ArrayRecord without TensorFlow
         "array_record>=0.8.3,<0.9",
         "pillow>=12,<14",
+        "simplejpeg>=1.9,<2",  # libjpeg-turbo
+        "cykooz.resizer>=4.0.1,<5",  # SIMD bicubic that frees the GIL
+        "pyarrow>=26,<27",
+        "fsspec>=2026.9",  # remote files; gs:// wants the extra gcs
+        "etils[epath]>=1.15,<2",
+        "protobuf>=6",  # tf.train.Example records, parsed without TensorFlow
         "instant-clip-tokenizer>=0.1.1,<0.2",  # CLIP's BPE with its vocabulary inside, no torch
         "ftfy>=6.3,<7",
         "tensorboardX>=2.6.4,<3",
@@ -49,6 +55,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.11"],
+        "gcs": ["gcsfs>=2026.9"],  # data at gs://
         # Reading .pt files, checking exports, parity tests. Training needs none of it.
         "torch": [
             "torch==2.14.1",
@@ -57,6 +64,12 @@ setup(
             "open_clip_torch==3.3.*",
             "timm==1.0.31",
         ],
-        "dev": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff==0.17.*", "emoji>=2.14,<3"],
+        "dev": [
+            "pytest>=9,<10",
+            "pytest-xdist>=3.8,<4",
+            "ruff==0.17.*",
+            "emoji>=2.14,<3",
+            "webdataset==1.0.2",  # parity of tar shards
+        ],
     },
 )

@@ -38,7 +38,7 @@ def get_config():
     c.data.batch_size = 2048  # [EVA-02]
     c.data.crop_scale = (0.2, 1.0)  # [EVA-02]
     c.data.flip = True  # [EVA-02]
-    c.data.threads = 16
+    c.data.workers = 16
     c.optim.lr = 1.5e-3  # [EVA-02]
     c.optim.start_lr = 1e-6  # [EVA-02]
     c.optim.end_lr = 1e-5  # [EVA-02]

@@ -80,6 +80,11 @@ def test_the_defaults_want_only_what_they_cannot_know():
     check(config())
 
 
+def test_made_up_data_and_mixtures_need_no_path():
+    check(config(data__path="", data__source="synthetic"))
+    check(config(data__path="", data__mixture=(("folder", "a", "", 1), ("tar", "b", "x", 0.5))))
+
+
 # Rules
 
 
@@ -127,6 +132,12 @@ def test_every_choice_has_a_rule(key):
         ("data.crop_scale", (0.2, 1.5)),
         ("data.crop_scale", (math.nan, 1.0)),
         ("data.crop_scale", ("a", "b")),
+        ("data.mixture", (1,)),
+        ("data.mixture", (("folder", "a", ""),)),
+        ("data.mixture", (("folder", "a", "", 0.0),)),
+        ("data.mixture", (("folder", "a", "", math.nan),)),
+        ("data.mixture", (("folder", "a", "", "1"),)),
+        ("data.mixture", (("no_such_kind", "a", "", 1.0),)),
         ("eval.templates", ()),
         ("eval.templates", ("a photo",)),
         ("eval.templates", ("{}", "a {thing}")),
@@ -141,7 +152,8 @@ def test_every_tuple_has_a_rule(key, value):
 
 def test_no_kind_of_value_is_left_out():
     """The tests above see numbers, texts and tuples; a switch can only be on or off."""
-    tested = {*numbers(float), *numbers(int), "data.crop_scale", "eval.templates", "data.flip"}
+    tested = {*numbers(float), *numbers(int), "data.crop_scale", "data.mixture", "eval.templates"}
+    tested |= {"data.flip", "data.allow_truncated"}
     tested |= {key for key, value in DEFAULTS.items() if isinstance(value, str)}
     assert tested == set(DEFAULTS)
 
@@ -275,12 +287,15 @@ def test_the_example_of_the_command_line_is_a_recipe_that_ships():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_save_and_load_give_the_same(path, tmp_path):
-    c = _read_config(str(path), ["--config.data.crop_scale=(0.5, 0.75)"])
+    mixture = (("folder", "a", "", 1.0), ("tar", "b", "train", 0.5))
+    changes = ["--config.data.crop_scale=(0.5, 0.75)", f"--config.data.mixture={mixture}"]
+    c = _read_config(str(path), changes)
     save_config(c, tmp_path / "config.json")
     again = load_config(tmp_path / "config.json")
     assert dict(leaves(again)) == dict(leaves(c))
     assert {k: type(v) for k, v in leaves(again)} == {k: type(v) for k, v in leaves(c)}
-    assert again.data.crop_scale == (0.5, 0.75) and isinstance(again.eval.templates, tuple)
+    assert again.data.crop_scale == (0.5, 0.75) and again.data.mixture == mixture
+    assert isinstance(again.eval.templates, tuple)
     assert again.is_locked
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 

@@ -1,27 +1,24 @@
-"""Decoding refuses what would poison or kill a run; crops and device input are what they say."""
+"""Crops, decoding at a fraction of the size, device input: what they promise. Faults: faults/."""
 
 import io
-import struct
-import zlib
+import json
+from concurrent.futures import ThreadPoolExecutor
 
+import cykooz_resizer
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from uta_jax import UserError
-from uta_jax.data.transforms import (
-    decode,
-    eval_transform,
-    sample_crop,
-    to_input,
-    train_transform,
-)
+from uta_jax.data import bench, transforms
+from uta_jax.data.decode import SCALES, decode_jpeg, jpeg_size
+from uta_jax.data.transforms import jpeg_scale, sample_crop, to_input, train_transform
 
 
-def encode(image, kind="PNG"):
+def encode(image, kind="PNG", **options):
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -30,56 +27,10 @@ def noise(width, height, seed=0):
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def png_claiming(width, height):
-    """A PNG header of that size with no pixels behind it."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    checksum = struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + checksum + b"\0\0\0\0IDAT"
-
-
-JPEG = encode(noise(64, 48), "JPEG")
-
-
-@pytest.mark.parametrize(
-    "data, reason",
-    [
-        (b"", "empty file"),
-        (b"<html>404 not found</html>", "not an image"),
-        (JPEG[:20], "not an image|broken image"),
-        (JPEG[: len(JPEG) // 2], "broken image.*truncated"),
-        (encode(noise(64, 48))[:-40], "broken image"),
-        (png_claiming(8_100, 8_100), "8100x8100 pixels: at most 64000000"),
-        (png_claiming(60_000, 60_000), "far more than the 64000000 pixels"),
-        (encode(Image.new("1", (2, 4000))), "2x4000 pixels: over 50 times"),
-        (encode(Image.fromarray(np.full((8, 8), 40_000, np.uint16))), "mode I;16: 8-bit"),
-        (encode(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "mode F: 8-bit"),
-    ],
-)
-def test_bad_images_give_one_clear_line(data, reason):
-    for transform in (
-        decode,
-        lambda data: eval_transform(data, 16),
-        lambda data: train_transform(data, np.random.default_rng(0), 16),
-    ):
-        with pytest.raises(UserError, match=reason):
-            transform(data)
-
-
-def test_content_counts_not_the_name_and_animations_give_their_first_frame():
-    first, second = noise(20, 20, 0).quantize(8), noise(20, 20, 1).quantize(8)
-    buffer = io.BytesIO()
-    first.save(buffer, "GIF", save_all=True, append_images=[second])
-    pixels = np.asarray(decode(buffer.getvalue()).convert("RGB"))
-    assert np.array_equal(pixels, np.asarray(first.convert("RGB")))
-
-
-def test_smallest_image_and_trailing_garbage_are_fine():
-    assert eval_transform(encode(Image.new("RGB", (1, 1), (9, 8, 7))), 4).tolist()[0][0] == [
-        9,
-        8,
-        7,
-    ]
-    assert eval_transform(JPEG + b"garbage", 16).shape == (16, 16, 3)
+@pytest.fixture(scope="module")
+def photo():
+    """JPEG bytes of 500x375 with the statistics of a photograph."""
+    return encode(bench.picture(np.random.default_rng(0), 500, 375), "JPEG", quality=90)
 
 
 def test_train_transform_depends_on_bytes_and_rng_alone():
@@ -88,6 +39,75 @@ def test_train_transform_depends_on_bytes_and_rng_alone():
     assert first.shape == (16, 16, 3) and first.dtype == np.uint8
     assert np.array_equal(first, train_transform(data, np.random.default_rng(5), 16))
     assert not np.array_equal(first, train_transform(data, np.random.default_rng(6), 16))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("size", [14, 15, 16, 30])  # rows of 42, 45, 48, 90 bytes
+def test_a_flipped_crop_is_the_mirrored_crop(kind, size, monkeypatch):
+    data, seeds = encode(noise(90, 70), kind), range(8)
+    crops = [train_transform(data, np.random.default_rng(s), size) for s in seeds]
+    # The same draws, with every flip undone before and done after.
+    monkeypatch.setattr(transforms, "_backwards", lambda pixels: pixels[..., ::-1])
+    rows = [crop[:, ::-1] if np.random.default_rng(s).random() < 0.5 else crop for s, crop in
+            zip(seeds, crops, strict=True)]  # fmt: skip
+    if kind == "JPEG":
+        straight = [train_transform(data, np.random.default_rng(s), size) for s in seeds]
+        assert all(map(np.array_equal, rows, straight))
+    mirrored = [not np.array_equal(a, b) for a, b in zip(rows, crops, strict=True)]
+    assert 0 < sum(mirrored) < len(seeds)
+
+
+def test_threads_and_processor_extensions_do_not_change_a_pixel(photo, monkeypatch):
+    def crop(seed):
+        return train_transform(photo, np.random.default_rng(seed), 64).tobytes()
+
+    alone = [crop(seed) for seed in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(crop, range(24))) == alone
+
+    class Plain(cykooz_resizer.Resizer):
+        def __init__(self):
+            super().__init__()
+            self.cpu_extensions = cykooz_resizer.CpuExtensions.none
+
+    monkeypatch.setattr(transforms, "Resizer", Plain)
+    assert [crop(seed) for seed in range(24)] == alone
+
+
+def test_the_box_is_decided_from_the_header(photo, monkeypatch):
+    """At the smallest fraction of the size that holds as many pixels as are asked for."""
+    seen = []
+
+    def spy(data, size, scale, *args, **options):
+        seen.append((size, scale))
+        return decode_jpeg(data, size, scale, *args, **options)
+
+    monkeypatch.setattr(transforms, "decode_jpeg", spy)
+    for size in (224, 112, 90, 46, 20, 4):
+        train_transform(photo, np.random.default_rng(0), size, (1, 1), (4 / 3, 4 / 3))
+    assert seen == [((500, 375), scale) for scale in (1, 2, 4, 8, 8, 1)]
+
+
+def test_jpeg_scale_keeps_the_asked_pixels():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        left, top, width, height = (int(n) for n in rng.integers(1, 900, 4))
+        size = int(rng.integers(8, 300))
+        scale = jpeg_scale((left, top, left + width, top + height), size)
+        assert scale == 1 or min(width, height) / scale >= size
+        assert scale == SCALES[0] or min(width, height) / (2 * scale) < size
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_jpegs_decode_at_exactly_the_asked_fraction(scale):
+    """Otherwise the box would be somewhere else in the picture."""
+    rng = np.random.default_rng(scale)
+    for _ in range(20):
+        width, height = (int(n) for n in rng.integers(8 * scale, 400, 2))
+        data = encode(Image.new("RGB", (width, height)), "JPEG")
+        assert jpeg_size(data) == (width, height)
+        pixels = decode_jpeg(data, (width, height), scale)
+        assert pixels.shape == (-(-height // scale), -(-width // scale), 3)
 
 
 def test_flip_is_off_when_asked_and_half_the_time_otherwise():
@@ -137,3 +157,26 @@ def test_to_input_resizes_like_pillow_within_rounding():
         resized.shape == (48, 48, 3) and float(resized.min()) >= 0 and float(resized.max()) <= 255
     )
     assert np.abs(np.asarray(resized) - pillow).mean() < 0.5
+
+
+def test_bench_measures_every_step_and_writes_its_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "TURNS", 1)
+    monkeypatch.setattr(bench, "BATCH", 8)
+    monkeypatch.setattr(bench, "_torchvision", lambda: False)  # starts slowly
+    loaders = bench._loaders  # worker processes start slowly too
+    monkeypatch.setattr(bench, "_loaders", lambda *a: {"loader": loaders(*a)["loader"]})
+    source = bench.Pictures(tmp_path, bench.BATCH)
+    result = bench.bench(source, 32, seconds=0.05, json_file=tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text()) == result
+    steps = {bench.DECODE, bench.CROP, bench.NORMALISE, "loader"}
+    assert set(result["images_per_s"]) == steps
+    assert all(rate > 1 for rate in result["images_per_s"].values())
+    assert "of bare decoding" in capsys.readouterr().out
+    with pytest.raises(UserError, match="3 examples; at least 8"):
+        bench.bench(bench.Pictures(tmp_path, 3))
+
+
+def test_bench_normalises_as_the_device_does():
+    pixels = np.asarray(noise(12, 8))[None]
+    device = to_input(pixels[:, :, :8], bench.MEAN, bench.STD, 8)
+    np.testing.assert_allclose(bench.normalised(pixels)[:, :, :8], device, atol=1e-5)

@@ -144,13 +144,18 @@ def test_flax_linen_stays_in_models():
     assert not broken, report(broken)
 
 
-def test_torch_is_imported_inside_functions_of_interop_alone():
+def test_torch_is_imported_inside_functions_of_few_modules():
     broken = [
         i
         for i in all_imports("uta_jax", "configs")
-        if i.top in TORCH and not (i.inside_function and module(i.file) == "interop")
+        if i.top in TORCH and not (i.inside_function and _may_compare_with_torch(i.file))
     ]
     assert not broken, report(broken)
+
+
+def _may_compare_with_torch(path) -> bool:
+    """Weights come from torch, and the data benchmark measures itself against torchvision."""
+    return module(path) == "interop" or path.as_posix() == "uta_jax/data/bench.py"
 
 
 def test_only_parity_tests_import_torch():

@@ -73,4 +73,13 @@ def test_meter_means_and_rate(monkeypatch):
         "seconds": 4.0,
         "images_per_s": 4.0,
         "data_wait_ms": pytest.approx(200.0),
+        "data_wait_ms_by_step": [100.0, 300.0],
     }
+
+
+def test_lists_stand_in_the_file_alone(tmp_path):
+    """TensorBoard has no place for them."""
+    writer = Writer(tmp_path, 0)
+    writer.write(2, {"loss": 1.0, "data_wait_ms_by_step": [0.1, 0.2]})
+    writer.close()
+    assert read(tmp_path / "metrics.jsonl")[0]["data_wait_ms_by_step"] == [0.1, 0.2]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from uta_jax import UserError
+from uta_jax import UserError, metrics
 from uta_jax import train as training
 from uta_jax.checkpoint import Checkpoints, load_run
 from uta_jax.config import default_config
@@ -67,7 +67,7 @@ def _state(config, workdir):
 
 
 def _rows(workdir):
-    timed = ("images_per_s", "data_wait_ms", "seconds")
+    timed = ("images_per_s", "data_wait_ms", "data_wait_ms_by_step", "seconds")
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
@@ -121,10 +121,10 @@ def test_resuming_refuses_other_data_and_another_teacher(config, tmp_path):
     saved = sorted(p.name for p in (workdir / "checkpoints").iterdir())
     config.train.steps = 4
     config.seed = 1
-    with pytest.raises(UserError, match="seed"):
+    with pytest.raises(UserError, match="seed: 0 -> 1.*--allow_data_change"):
         training.train(config, workdir)
     config.seed, config.data.split = 0, "train[:50%]"
-    with pytest.raises(UserError, match="fingerprint"):
+    with pytest.raises(UserError, match="fingerprint: .*examples: 256 -> 128"):
         training.train(config, workdir)
     config.data.split, config.student.preset = "train", "uta_tiny"
     with pytest.raises(UserError, match="does not fit"):
@@ -171,3 +171,52 @@ def test_an_evaluation_lost_to_an_interruption_is_made_up(config, tmp_path, monk
     assert "CHANGED from step 2 on: config.optim.end_lr: 1e-05 -> 0.0" in out
     assert sum("zeroshot/top1" in row for row in _rows(tmp_path / "run")) == 1
     assert training.train(config, tmp_path / "run") == {}  # nothing is owed any more
+
+
+def _folder(root, scenes, bad):
+    """The first 40 scenes as files, of which `bad` hold nothing."""
+    from uta_jax.data.sources import open_source
+
+    source = open_source("tfds", scenes, "train")
+    root.mkdir()
+    for n in range(40):
+        (root / f"{n:02}.png").write_bytes(b"" if n in bad else source[n]["image"])
+    return root
+
+
+def test_bad_examples_are_counted_through_an_interruption(config, scenes, tmp_path, monkeypatch):
+    config.data.source, config.data.split, config.eval.path = "folder", "", ""
+    config.data.path = str(_folder(tmp_path / "images", scenes, bad=(3, 17)))
+    config.data.workers = 1
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 4)
+        with pytest.raises(_Interrupted):
+            training.train(config, tmp_path / "run")
+    training.train(config, tmp_path / "run")
+    loader = training.TrainLoader(
+        training.configs.open_data(config.data), batch_size=16, seed=0, image_size=64,
+        crop_scale=config.data.crop_scale, bad_file=tmp_path / "expected.jsonl",
+    )  # fmt: skip
+    counts = [next(loader) and loader.bad_examples for _ in range(STEPS)]
+    loader.close()
+    lines = (tmp_path / "run" / "bad_examples.jsonl").read_text()
+    assert lines == (tmp_path / "expected.jsonl").read_text()
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert {row["key"] for row in rows} == {"03.png", "17.png"}
+    assert all("0 bytes" in row["reason"] for row in rows)
+    assert [row["bad_examples"] for row in _rows(tmp_path / "run")] == counts and counts[-1] > 2
+
+
+def test_made_up_data_and_other_data_where_that_is_allowed(config, tmp_path, capsys):
+    config.data.source, config.data.path, config.data.split = "synthetic", "", ""
+    config.eval.path, config.train.steps = "", 2
+    training.train(config, tmp_path / "run")
+    config.train.steps, config.data.split = 4, "other"
+    with pytest.raises(UserError, match="split:  -> other"):
+        training.train(config, tmp_path / "run")
+    training.train(config, tmp_path / "run", allow_data_change=True)
+    out = capsys.readouterr().out
+    assert "DATA CHANGED: fingerprint: " in out and "goes on after 32 examples" in out
+    assert load_run(tmp_path / "run").meta["data"]["examples_seen"] == 64
+    waits = [row["data_wait_ms_by_step"] for row in metrics.read(tmp_path / "run/metrics.jsonl")]
+    assert [len(of_one) for of_one in waits] == [1, 1, 1, 1]

@@ -1,6 +1,7 @@
 """The command line, ``uta-jax COMMAND``: each command parses its arguments, calls one function."""
 
 import argparse
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -21,13 +22,13 @@ class Command:
     summary: str
     example: str
     arguments: tuple[tuple[str, dict], ...]
-    run: Callable[[argparse.Namespace, list[str]], None]
+    run: Callable[[argparse.Namespace, list[str]], int | None]  # the exit code, if not 0
 
 
 def _train(args, overrides):
     from uta_jax.train import train
 
-    train(_read_config(args.config, overrides), args.workdir)
+    train(_read_config(args.config, overrides), args.workdir, args.allow_data_change)
 
 
 def _evaluate(args, _):
@@ -79,12 +80,55 @@ def _embed(args, _):
         print(f"{args.out}: {name} {list(shape)}")
 
 
-def _data(args, _):
+def _data_emoji_scenes(args, _):
     from uta_jax.data import emoji_scenes
 
     sizes = {name: getattr(args, name) for name in (*emoji_scenes.SPLITS, "size", "seed")}
     out = emoji_scenes.build(args.out, **{k: v for k, v in sizes.items() if v is not None})
     print(f"{out}: ready; read it with --config.data.source=tfds --config.data.path={out}")
+
+
+def _data_verify(args, overrides):
+    from uta_jax.data.verify import verify
+
+    report = verify(
+        _open_data(args, overrides),
+        workers=args.workers,
+        json_file=args.json,
+        hashes=args.hashes,
+        write_hashes=args.write_hashes,
+    )
+    return int(not report["good"])
+
+
+def _data_index(args, _):
+    from uta_jax.data.tars import build_index
+
+    for name, value in build_index(args.path, split=args.split).items():
+        print(f"{name:9} {value}")
+
+
+def _data_bench(args, overrides):
+    from uta_jax.data.bench import bench
+
+    source = _open_data(args, overrides) if args.data else None
+    bench(source, args.image_size, seconds=args.seconds, workers=args.workers, json_file=args.json)
+
+
+def _open_data(args, overrides):
+    """The training examples of a recipe, or those at a path."""
+    from uta_jax.data.sources import open_source
+    from uta_jax.data.verify import guess_kind
+
+    if args.data.endswith(".py"):
+        from uta_jax.config import open_data
+
+        return open_data(_read_config(args.data, overrides).data)
+    return open_source(args.source or guess_kind(args.data), args.data, args.split)
+
+
+def _data(args, overrides):
+    return DATA[args.action].run(args, overrides)
 
 
 def _report(args, _):
@@ -104,6 +148,57 @@ _PRESET = (
     {"default": "", "help": "the architecture of weights that come without a configuration"},
 )
 
+_DATA = ("data", {"help": "a recipe, configs/NAME.py, or the path of a data set"})
+_SOURCE = ("--source", {"help": "kind of the data set at the path (default: guessed)"})
+_SPLIT = ("--split", {"default": "", "help": "of the data set at the path"})
+_JSON = ("--json", {"help": "write the same figures to this file"})
+
+# What `uta-jax data` can do.
+DATA = {
+    "emoji_scenes": Command(
+        "Build emoji_scenes: drawings with captions, labels and masks; no download.",
+        "uta-jax data emoji_scenes --out=data/emoji_scenes",
+        (
+            _OUT,
+            ("--train", {"type": int, "help": "scenes to train on (default 30000)"}),
+            ("--val_single", {"type": int, "help": "scenes of one object (default 1280)"}),
+            ("--val_scenes", {"type": int, "help": "scenes of one to four objects (default 1000)"}),
+            ("--size", {"type": int, "help": "side of a scene in pixels (default 80)"}),
+            ("--seed", {"type": int, "help": "of all that is random (default 0)"}),
+        ),
+        _data_emoji_scenes,
+    ),
+    "verify": Command(
+        "Read and decode every example: what is there, what is bad; exit code 1 if anything is.",
+        "uta-jax data verify data/emoji_scenes --split=train --write-hashes=hashes.txt",
+        (
+            _DATA, _SOURCE, _SPLIT, _JSON,
+            ("--workers", {"type": int, "default": os.cpu_count(), "help": "processes that read"}),
+            ("--write-hashes", {"help": "write a hash of every example to this file"}),
+            ("--hashes", {"help": "compare every example with a file of hashes written before"}),
+        ),
+        _data_verify,
+    ),
+    "index": Command(
+        "Index the tar shards at a path, as training on them would do at its start.",
+        "uta-jax data index data/shards",
+        (("path", {"help": "as config.data.path"}), _SPLIT),
+        _data_index,
+    ),
+    "bench": Command(
+        "Images a second and core by step of the way, against torchvision where it is installed.",
+        "uta-jax data bench --workers=2",
+        (
+            ("data", {"nargs": "?", "help": "a recipe or a path (default: JPEGs of 500x375)"}),
+            _SOURCE, _SPLIT, _JSON,
+            ("--workers", {"type": int, "default": 1, "help": "of every loader"}),
+            ("--image_size", {"type": int, "default": 224, "help": "of the crops, in pixels"}),
+            ("--seconds", {"type": float, "default": 30.0, "help": "how long to measure"}),
+        ),
+        _data_bench,
+    ),
+}  # fmt: skip
+
 COMMANDS = {
     "train": Command(
         "Train a student in a workdir; goes on from the newest checkpoint that stands there.",
@@ -118,6 +213,11 @@ COMMANDS = {
                 },
             ),
             ("--workdir", {"required": True, "help": "directory for checkpoints and metrics"}),
+            (
+                "--allow_data_change",
+                {"action": "store_true", "help": "go on with other data, another seed or batch "
+                 "size than the checkpoint was saved with, after as many examples as were seen"},
+            ),
         ),
         _train,
     ),
@@ -226,17 +326,9 @@ COMMANDS = {
         _embed,
     ),
     "data": Command(
-        "Build a data set: emoji_scenes, drawings with captions, labels and masks; no download.",
-        "uta-jax data emoji_scenes --out=data/emoji_scenes",
-        (
-            ("name", {"choices": ("emoji_scenes",), "help": "which data set"}),
-            _OUT,
-            ("--train", {"type": int, "help": "scenes to train on (default 30000)"}),
-            ("--val_single", {"type": int, "help": "scenes of one object (default 1280)"}),
-            ("--val_scenes", {"type": int, "help": "scenes of one to four objects (default 1000)"}),
-            ("--size", {"type": int, "help": "side of a scene in pixels (default 80)"}),
-            ("--seed", {"type": int, "help": "of all that is random (default 0)"}),
-        ),
+        "Build a data set to try things with, check one, index one, or measure how fast it loads.",
+        "uta-jax data verify configs/demo.py",
+        (),
         _data,
     ),
     "report": Command(
@@ -256,7 +348,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
         prog="uta-jax",
         description="Unmasked Token Alignment in JAX: train, evaluate, convert, export.",
@@ -264,19 +355,25 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"uta-jax {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        sub = commands.add_parser(
+    _add_commands(parser, COMMANDS, "command", "COMMAND")
+    return parser
+
+
+def _add_commands(parser, commands: dict[str, Command], dest: str, metavar: str) -> None:
+    subparsers = parser.add_subparsers(dest=dest, required=True, metavar=metavar)
+    for name, command in commands.items():
+        sub = subparsers.add_parser(
             name,
             help=command.summary,
             description=command.summary,
             epilog=f"Example:\n  {command.example}",
-            formatter_class=raw,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         for argument, options in command.arguments:
             sub.add_argument(argument, **options)
-    return parser
+        if name == "data":
+            _add_commands(sub, DATA, "action", "ACTION")
 
 
 # What Python, absl and ml_collections raise for a key or a value that they refuse.
@@ -328,18 +425,17 @@ def _blame(culprit: str):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0, or 2 after one line about a mistake of the user's."""
+    """Run one command; its exit code, or 2 after one line about a mistake of the user's."""
     args, rest = _parser().parse_known_args(argv)
-    if rest and args.command != "train":
+    if rest and not (args.command == "train" or str(getattr(args, "data", "")).endswith(".py")):
         name = f"uta-jax {args.command}"
         print(f"{name}: unexpected argument {rest[0]!r} (see {name} --help)", file=sys.stderr)
         return 2
     try:
-        COMMANDS[args.command].run(args, rest)
+        return COMMANDS[args.command].run(args, rest) or 0
     except UserError as error:
         print(f"uta-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

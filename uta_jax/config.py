@@ -15,7 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from uta_jax import UserError, masking
-from uta_jax.data.sources import SOURCES
+from uta_jax.data import sources
 from uta_jax.models import presets
 from uta_jax.models.presets import ClipSpec
 from uta_jax.models.vit import REMAT
@@ -62,10 +62,15 @@ def _add_run(c: ConfigDict) -> None:
     c.data.source = "tfds"  # a key of sources.SOURCES
     c.data.path = ""  # directory
     c.data.split = "train"
+    c.data.mixture = ()  # instead of the three above: (source, path, split, weight) of each part
     c.data.batch_size = 256  # global, over all devices
     c.data.crop_scale = (0.2, 1.0)  # share of the image's area that a training crop covers
     c.data.flip = True
-    c.data.threads = 2  # that decode, in this process
+    c.data.workers = 0  # processes that decode; 0: threads of this process
+    c.data.threads = 2  # how many, where there are no workers
+    c.data.timeout_s = 300.0  # seconds; a batch that takes longer ends the run
+    c.data.max_bad_fraction = 1e-3  # of examples that cannot be used; 0: stop at the first
+    c.data.allow_truncated = False  # use JPEGs that end early
 
     c.optim = ConfigDict()
     c.optim.lr = 1.5e-3  # peak
@@ -114,6 +119,18 @@ def _is_scale(value: tuple) -> bool:
     return numbers and len(value) == 2 and 0 < value[0] <= value[1] <= 1
 
 
+def _is_mixture(value: tuple) -> bool:
+    """() or (source, path, split, weight > 0) each."""
+    return all(
+        isinstance(part, tuple)
+        and [isinstance(v, str) for v in part] == [True, True, True, False]
+        and part[0] in sources.SOURCES
+        and isinstance(part[3], int | float)
+        and 0 < part[3] < math.inf
+        for part in value
+    )
+
+
 def _are_templates(value: tuple) -> bool:
     try:
         return bool(value) and all(template.format("x") != template for template in value)
@@ -141,10 +158,14 @@ _RULES = {
     "mask.ratio": _between(0, 1, "a share in [0, 1): 0 keeps every patch"),
     "mask.min_block": _COUNT,
     "loss.cls_weight": _NOT_NEGATIVE,
-    "data.source": _one_of(SOURCES),
+    "data.source": _one_of(sources.SOURCES),
     "data.batch_size": _COUNT,
     "data.crop_scale": (_is_scale, "(low, high) with 0 < low <= high <= 1"),
+    "data.mixture": (_is_mixture, "(source, path, split, weight > 0) of each part, or ()"),
+    "data.workers": _COUNT_OR_0,
     "data.threads": _COUNT,
+    "data.timeout_s": _POSITIVE,
+    "data.max_bad_fraction": ((lambda v: 0 <= v <= 1), "a share in [0, 1]: 1 never stops"),
     "optim.lr": _POSITIVE,
     "optim.start_lr": _NOT_NEGATIVE,
     "optim.end_lr": _NOT_NEGATIVE,
@@ -162,7 +183,7 @@ _RULES = {
     "train.eval_every": _COUNT_OR_0,
     "train.save_every": _COUNT,
     "train.keep": _COUNT,
-    "eval.source": _one_of(SOURCES),
+    "eval.source": _one_of(sources.SOURCES),
     "eval.batch_size": _COUNT,
     "eval.templates": (_are_templates, "one text or more, each with one {} for the class name"),
 }
@@ -177,13 +198,20 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{key}={value} is not allowed: it must be {allowed}")
     if not config.train.steps and not config.train.epochs:
         raise UserError("config.train.steps=0 trains nothing: set it, or config.train.epochs, > 0")
-    if not config.data.path:
+    if not (config.data.path or config.data.mixture or config.data.source == "synthetic"):
         raise UserError("config.data.path is empty: name the directory of the training images")
     if OBJECTIVES[config.objective].needs_teacher and not config.teacher.path:
         raise UserError(
             f"config.teacher.path is empty, but objective {config.objective!r} needs a teacher: "
             "name a CLIP checkpoint, or asset:tiny_clip"
         )
+
+
+def open_data(data: ConfigDict) -> sources.Source:
+    """The training examples that the section ``data`` names."""
+    if data.mixture:
+        return sources.open_mixture(data.mixture)
+    return sources.open_source(data.source, data.path, data.split)
 
 
 @contextmanager
@@ -289,11 +317,13 @@ def _check_teacher(config: ConfigDict, teacher: ClipSpec) -> None:
     lacks = "text tower" if teacher.text is None else ""
     if teacher.vision.pool != "cls" or not teacher.vision.cls:
         lacks = "class token (it pools by attention)"
+    elif teacher.tokenizer != "clip":
+        lacks = "CLIP tokenizer, by which zero-shot evaluation spells the names of classes"
     if lacks:
         raise UserError(
-            f"config.teacher.path={config.teacher.path} has no {lacks}: its patch tokens are not "
-            f"in the space of a text tower, which objective {config.objective!r} aligns to; choose "
-            "a CLIP whose image feature is its class token"
+            f"config.teacher.path={config.teacher.path} has no {lacks}; objective "
+            f"{config.objective!r} needs a teacher whose tokens share a space with its text: "
+            "choose a CLIP whose image feature is its class token"
         )
 
 
@@ -372,4 +402,4 @@ def _tuples(value):
     """JSON has no tuples; the configuration has no lists."""
     if isinstance(value, dict):
         return {k: _tuples(v) for k, v in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

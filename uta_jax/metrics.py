@@ -30,11 +30,12 @@ class Writer:
 
         self._board = SummaryWriter(str(workdir), purge_step=start_step + 1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Record ``values`` as those of update ``step`` (1-based)."""
+    def write(self, step: int, values: dict[str, float | list[float]]) -> None:
+        """Record ``values`` as those of update ``step`` (1-based); lists in the file alone."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            if not isinstance(value, list):
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close both."""
@@ -73,29 +74,31 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums, self._steps, self._wait, self._since = {}, 0, 0.0, time.perf_counter()
+        self._sums, self._steps, self._waits, self._since = {}, 0, [], time.perf_counter()
 
     def add(self, values: dict[str, float], data_wait_s: float) -> None:
         """Count one step."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._steps += 1
-        self._wait += data_wait_s
+        self._waits.append(1000 * data_wait_s)
 
     def pause(self, seconds: float) -> None:
         """Leave ``seconds`` spent on something else (evaluation, saving) out of the rate."""
         self._since += seconds
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> dict[str, float | list[float]]:
         """Means since the last call, ``seconds`` they took, ``images_per_s``, ``data_wait_ms``.
 
-        The first window of a process holds the compilation.
+        ``data_wait_ms_by_step`` lists the wait of every step since the last call. The first window
+        of a process holds the compilation.
         """
         seconds = max(time.perf_counter() - self._since, 1e-9)
         values = {name: total / self._steps for name, total in self._sums.items()}
         values["seconds"] = seconds
         values["images_per_s"] = self._steps * self._batch_size / seconds
-        values["data_wait_ms"] = 1000 * self._wait / self._steps
+        values["data_wait_ms"] = sum(self._waits) / self._steps
+        values["data_wait_ms_by_step"] = [round(wait, 3) for wait in self._waits]
         self._reset()
         return values
 

@@ -7,7 +7,7 @@ compute in.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,9 @@ class Task:
     @property
     def clip(self) -> ClipSpec:
         """What the student becomes: its vision tower with the text tower it is aligned to."""
-        return ClipSpec(self.student, self.text or self.teacher.text, self.mean, self.std)
+        if self.teacher:
+            return replace(self.teacher, vision=self.student)
+        return ClipSpec(self.student, self.text, self.mean, self.std)
 
     def vit(self) -> Vit:
         """The student's module."""

@@ -7,10 +7,10 @@ import jax
 import matplotlib
 import numpy as np
 
+from uta_jax import config as configs
 from uta_jax import metrics
 from uta_jax.checkpoint import SavedRun, load_run
 from uta_jax.data.loader import TrainLoader
-from uta_jax.data.sources import open_source
 from uta_jax.evals import evaluate
 from uta_jax.interop.export import export
 from uta_jax.interop.files import check_free
@@ -182,7 +182,7 @@ def _training_crops(run: SavedRun) -> np.ndarray:
     """The first images of the run's first batch, uint8 [b, h, w, 3]."""
     data = run.config.data
     loader = TrainLoader(
-        open_source(data.source, data.path, data.split),
+        configs.open_data(data),
         batch_size=_COLUMNS,
         seed=run.config.seed,
         image_size=run.task.student.image_size,

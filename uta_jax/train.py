@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -29,7 +29,7 @@ from uta_jax import UserError, metrics
 from uta_jax import config as configs
 from uta_jax import mesh as meshes
 from uta_jax.checkpoint import Checkpoints
-from uta_jax.data.loader import TrainLoader
+from uta_jax.data.loader import Reading, TrainLoader
 from uta_jax.data.sources import open_source
 from uta_jax.data.tokenizer import Tokenizer
 from uta_jax.evals.zeroshot import ZeroShot
@@ -51,17 +51,22 @@ class Run:
     frozen: dict  # the teacher's vision tower, on the devices; {} without a teacher
     evaluate: Callable[[TrainState], dict[str, float]]
     provenance: dict  # of the teacher; saved with every checkpoint
+    allow_data_change: bool = False  # go on with other data, seed or batch size than was saved
 
 
-def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+def train(
+    config: ConfigDict, workdir: str | Path, allow_data_change: bool = False
+) -> dict[str, float]:
     """Train ``config`` in ``workdir``, resuming what stands there; returns the last figures.
+
+    ``allow_data_change``: also where the data, the seed or the batch size is not what it was.
 
     Raises UserError for input that does not fit together, before anything is compiled. Changes how
     this process allocates memory and, with several CPU devices, dispatches (``mesh.start_up``).
     """
     meshes.start_up()
     configs.check(config)
-    source = open_source(config.data.source, config.data.path, config.data.split)
+    source = configs.open_data(config.data)
     has_teacher = OBJECTIVES[config.objective].needs_teacher
     with configs.blame("config.teacher.path"):
         spec = read_spec(config.teacher.path) if has_teacher else None
@@ -69,7 +74,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     workdir = make_workdir(workdir)
     with jax.set_mesh(mesh):
-        run = prepare(config, recipe, mesh, workdir)
+        run = replace(prepare(config, recipe, mesh, workdir), allow_data_change=allow_data_change)
         checkpoints = Checkpoints(workdir, config.train.keep)
         try:
             return _train(run, checkpoints, source)
@@ -124,7 +129,7 @@ def make_evaluator(config: ConfigDict, recipe: Recipe, mesh, teacher_text: dict 
 
 
 def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
-    loader = _make_loader(run, source, checkpoints.latest() or 0)  # checks the data, reads none yet
+    loader = _make_loader(run, source)  # checks the data, reads none yet
     try:
         state, saved = _start(run, checkpoints)
         if saved:
@@ -139,7 +144,7 @@ def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
         loader.close()
 
 
-def _make_loader(run: Run, source, start_step: int) -> TrainLoader:
+def _make_loader(run: Run, source) -> TrainLoader:
     data, task = run.config.data, run.recipe.task
     return TrainLoader(
         source,
@@ -149,15 +154,22 @@ def _make_loader(run: Run, source, start_step: int) -> TrainLoader:
         crop_scale=data.crop_scale,
         flip=data.flip,
         tokenizer=Tokenizer(task.text.context) if task.text else None,
-        start_step=start_step,
         sharding=meshes.batch_sharding(run.mesh),
-        threads=data.threads,
+        reading=Reading(data.workers, data.threads, data.timeout_s, data.allow_truncated),
+        max_bad_fraction=data.max_bad_fraction,
+        bad_file=run.workdir / "bad_examples.jsonl",
     )
 
 
 def _check_same(run: Run, loader: TrainLoader, saved: dict) -> None:
     """Refuse to go on with other data or another teacher than the run began with."""
-    loader.check_state(saved["data"])
+    if changes := loader.resume(saved["data"], run.allow_data_change):
+        print(
+            f"DATA CHANGED: {changes}. The run goes on after {loader.examples_seen} examples, in "
+            "the order of the data as it is now: of the epoch begun, some examples may come twice "
+            "and others not at all",
+            flush=True,
+        )
     if saved["teacher"].get("sha256") != run.provenance.get("sha256"):
         raise UserError(
             f"config.teacher.path={run.config.teacher.path} is not the teacher this run began with "
@@ -218,10 +230,10 @@ class Log:
         self._bar.close()
         self._writer.close()
 
-    def dispatched(self, step: int, values: dict, data_wait_s: float) -> None:
+    def dispatched(self, step: int, values: dict, data_wait_s: float, bad_examples: int) -> None:
         """Note the update just dispatched, after settling the one before it."""
         self.settle()
-        self._pending = (step, values, data_wait_s)
+        self._pending = (step, values, data_wait_s, bad_examples)
 
     def settle(self) -> None:
         """Wait for the update noted last and count its metrics.
@@ -230,7 +242,7 @@ class Log:
         """
         if self._pending is None:
             return
-        (step, values, data_wait_s), self._pending = self._pending, None
+        (step, values, data_wait_s, bad_examples), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(
@@ -240,13 +252,14 @@ class Log:
         self._meter.add(values, data_wait_s)
         self._bar.update()
         if step % self._every == 0 or step == self._total:
-            self._write_means(step)
+            self._write_means(step, bad_examples)
 
-    def _write_means(self, step: int) -> None:
-        means = self._meter.read()
-        self.figures |= means
+    def _write_means(self, step: int, bad_examples: int) -> None:
+        means = self._meter.read() | {"bad_examples": bad_examples}
+        self.figures |= {name: x for name, x in means.items() if not isinstance(x, list)}
         self._writer.write(step, means)
         shown = {"loss": "{:.4f}", "images_per_s": "{:.0f}", "data_wait_ms": "{:.1f}"}
+        shown |= {"bad_examples": "{}"} if bad_examples else {}
         postfix = {name: form.format(means[name]) for name, form in shown.items()}
         self._bar.set_postfix(postfix, refresh=False)
 
@@ -274,11 +287,11 @@ def _loop(run: Run, state, loader, log: Log, checkpoints: Checkpoints) -> dict[s
         batch = next(loader)
         state, values = update(state, run.frozen, batch)
         step += 1
-        log.dispatched(step, values, loader.data_wait_s)
+        log.dispatched(step, values, loader.data_wait_s, loader.bad_examples)
         if step % config.save_every == 0 or step == total:
             log.settle()
             with log.aside():
-                checkpoints.save(state, {"data": loader.state(step), "teacher": run.provenance})
+                checkpoints.save(state, {"data": loader.state(), "teacher": run.provenance})
         if _evaluates(run, step):
             log.settle()
             with log.aside():

@@ -3,53 +3,56 @@
 Batch k of a training run is a function of (data fingerprint, seed, k) alone. Every example of the
 endless stream has a position; the id at a position comes from a shuffle keyed by (seed, epoch), the
 crop from a generator keyed by (seed, position), and batch k holds positions k * batch_size onward.
-Threads, processes and restarts only decide who computes what.
+Workers, processes and restarts only decide who computes what.
 """
 
-import contextlib
+import queue
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 
 import grain
 import jax
 import numpy as np
 
 from uta_jax import UserError
+from uta_jax.data.badexamples import BadExamples, hopeless, named
+from uta_jax.data.examples import ATTEMPTS, Bad, EvalExamples, Loaded, TrainExamples
 from uta_jax.data.sources import Source
 from uta_jax.data.tokenizer import Tokenizer
-from uta_jax.data.transforms import eval_transform, train_transform
+from uta_jax.data.workers import Crew
 
 Batch = dict[str, np.ndarray | jax.Array]
 
 
-class _Positions:
-    """This process's positions of the endless stream, in order, as (position, example id).
+@dataclass(frozen=True)
+class Reading:
+    """Who reads, and how patiently. The batches do not depend on it, but for allow_truncated."""
 
-    A process owns contiguous rows of every batch, so the batches of all processes, concatenated in
-    process order, are the batch of a single process.
-    """
+    workers: int = 0  # processes; 0: threads of this process
+    threads: int = 2  # that decode where there are no worker processes
+    timeout_s: float = 300.0  # a batch that takes longer ends the run
+    allow_truncated: bool = False  # use JPEGs that end early
 
-    def __init__(self, ids: grain.MapDataset, batch_size: int, start_step: int, rows: range):
-        self._ids, self._rows = ids, rows
-        self._batch_size, self._start_step = batch_size, start_step
-
-    def __len__(self) -> int:
-        return sys.maxsize // self._batch_size
-
-    def __getitem__(self, n: int) -> tuple[int, int]:
-        step, row = divmod(n, len(self._rows))
-        position = (self._start_step + step) * self._batch_size + self._rows[row]
-        return position, self._ids[position]
+    def crew(self, job, shape: tuple[int, ...]) -> Crew:
+        """Workers for batches of this shape, rows first."""
+        return Crew(
+            job, shape, workers=self.workers, threads=self.threads, timeout_s=self.timeout_s
+        )
 
 
 class TrainLoader:
     """An endless iterator over training batches.
 
     A batch holds image uint8 [b, s, s, 3], index int32 [b] (which example), and where the source
-    has them label int32 [b] and, given a tokenizer, text int32 [b, l]. Epochs drop nothing: batches
-    run across their edge.
+    has them label int32 [b] and, given a tokenizer, text int32 [b, l]. Epochs drop nothing:
+    batches run across their edge. A bad example is counted, and another takes its row.
     """
 
     def __init__(
@@ -63,19 +66,20 @@ class TrainLoader:
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
         tokenizer: Tokenizer | None = None,
-        start_step: int = 0,
         sharding: jax.sharding.Sharding | None = None,
-        threads: int = 2,
+        reading: Reading = Reading(),
+        max_bad_fraction: float = 1e-3,
+        bad_file: Path | None = None,
         process_index: int | None = None,
         process_count: int | None = None,
     ):
-        """Start at batch `start_step`; nothing before it is read.
+        """Start at the first example, or where `resume` says; no batch is read yet.
 
         Args:
           batch_size: global, over all processes.
           sharding: where given, batches are global arrays with this sharding of the batch axis,
             sent to the devices one batch ahead; otherwise this process's rows as numpy arrays.
-          threads: how many decode; batches do not depend on it.
+          max_bad_fraction, bad_file: as in BadExamples.
           process_index, process_count: which rows of every batch this process makes; by default
             those of the running JAX process.
 
@@ -83,68 +87,123 @@ class TrainLoader:
           UserError: fewer examples than one batch, a batch that the processes cannot share evenly,
             or text asked of a source without text.
         """
-        process_index = jax.process_index() if process_index is None else process_index
-        process_count = jax.process_count() if process_count is None else process_count
-        _check(source, batch_size, process_count, tokenizer)
-        self._fingerprint, self._seed, self._batch_size = source.fingerprint(), seed, batch_size
-        share = batch_size // process_count
-        rows = range(process_index * share, (process_index + 1) * share)
-        ids = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-        positions = grain.MapDataset.source(_Positions(ids, batch_size, start_step, rows))
-
-        def load(at: tuple[int, int]) -> dict:
-            position, index = at
-            example = source[index]
-            rng = np.random.default_rng([seed, position])
-            crop = _named(train_transform, example, rng, image_size, crop_scale, crop_ratio, flip)
-            return _row(example, crop, index)
-
-        batches = _batched(positions.map(load), share, tokenizer, threads)
-        if sharding is not None:
-            batches = batches.map(lambda batch: _to_device(batch, sharding, process_count))
-        ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1)
-        self._open = [iter(ahead)]
-        # Also at exit: grain's threads must end before the interpreter takes their modules away.
-        self._finalizer = weakref.finalize(self, _close, self._open)
+        index, processes = _process(process_index, process_count)
+        _check(source, batch_size, processes, tokenizer)
+        self._about = {
+            "fingerprint": source.fingerprint(),
+            "seed": seed,
+            "batch_size": batch_size,
+            "source": source.describe(),
+        }
+        self._start, self._batches = 0, 0
+        self._plan = _Plan(len(source), seed, batch_size, index, processes)
+        self._job = TrainExamples(
+            source, seed, image_size, crop_scale, crop_ratio, flip, reading.allow_truncated,
+            tokenizer,
+        )  # fmt: skip
+        self._reading, self._place = reading, _placer(sharding, processes)
+        self._bad = BadExamples(max_bad_fraction, bad_file)
+        self._running: list = []
+        # Also at exit: the workers must end before the interpreter takes their modules away.
+        self._finalizer = weakref.finalize(self, _close, self._running)
         self.data_wait_s = 0.0  # how long the last next() waited
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if not self._open:
+        if not self._finalizer.alive:
             raise StopIteration
         start = time.perf_counter()
-        batch = next(self._open[0])
+        if not self._running:
+            self._run()
+        try:
+            batch, used, bad = next(self._running[1])
+            self._bad.add(used, bad)
+            if batch is None:
+                raise hopeless(bad[-ATTEMPTS:])
+        except BaseException:
+            self.close()
+            raise
+        self._batches += 1
         self.data_wait_s = time.perf_counter() - start
         return batch
 
-    def state(self, step: int) -> dict:
-        """What a checkpoint keeps to continue at batch `step`, JSON-able."""
-        return {
-            "examples_seen": step * self._batch_size,
-            "fingerprint": self._fingerprint,
-            "seed": self._seed,
-            "batch_size": self._batch_size,
-        }
+    def _run(self) -> None:
+        size = self._job.size
+        crew = self._reading.crew(self._job, (self._plan.share, size, size, 3))
+        self._running.append(crew)
+        loaded = crew.run(self._plan.batches(self._start))
+        self._running.append(_Ahead(_collated(loaded, self._place)))
 
-    def check_state(self, saved: dict) -> None:
-        """Refuse a checkpoint made with other data, another seed or another batch size.
+    @property
+    def bad_examples(self) -> int:
+        """How many examples could not be used, of those met by the batches taken so far."""
+        return self._bad.count
+
+    @property
+    def examples_seen(self) -> int:
+        """Positions of the stream that the batches taken so far cover, over all processes."""
+        return self._start + self._batches * self._about["batch_size"]
+
+    def state(self) -> dict:
+        """What a checkpoint keeps to continue after the batches taken so far, JSON-able."""
+        seen = {"examples_seen": self.examples_seen, "bad_examples": self.bad_examples}
+        return seen | self._about
+
+    def resume(self, saved: dict, allow_change: bool = False) -> str:
+        """Go on where `saved`, a `state`, was taken. To be called before the first batch.
+
+        Returns what has changed in the data since, "" if nothing has.
 
         Raises:
-          UserError: naming the field that differs.
+          UserError: with a diff, where the data, the seed or the batch size changed and
+            `allow_change` is not set.
         """
-        for field in ("fingerprint", "seed", "batch_size"):
-            mine = self.state(0)[field]
-            if saved[field] != mine:
-                raise UserError(
-                    f"data {field}: the checkpoint was made with {saved[field]}, this run has "
-                    f"{mine}; the order of batches would change, so start a new workdir"
-                )
+        changes = _changes(saved, self._about)
+        seen = saved["examples_seen"]
+        if changes and not allow_change:
+            raise UserError(
+                f"data: this run was saved with other data: {changes}. The order of examples would "
+                "change: mend it, start a new workdir, or give --allow_data_change to go on after "
+                f"the {seen} examples seen"
+            )
+        self._start = seen
+        used = seen * self._plan.share // self._about["batch_size"]
+        self._bad.resume(saved.get("bad_examples", 0), used, seen)
+        return changes
 
     def close(self) -> None:
-        """Stop the threads; the iterator is spent."""
+        """Stop the workers; the iterator is spent."""
         self._finalizer()
+
+
+class _Plan:
+    """This process's share of the endless stream, as lists of (position, example id).
+
+    A process owns contiguous rows of every batch, so the batches of all processes, concatenated in
+    process order, are the batch of a single process.
+    """
+
+    def __init__(self, examples: int, seed: int, batch_size: int, process: int, processes: int):
+        self._ids = grain.MapDataset.range(examples).seed(seed).shuffle().repeat()
+        self.share, self._batch_size = batch_size // processes, batch_size
+        self._first = process * self.share
+
+    def batches(self, start: int) -> Iterator[list[tuple[int, int]]]:
+        """From position `start` on, without end."""
+        for first in count(start + self._first, self._batch_size):
+            yield [(p, int(self._ids[p])) for p in range(first, first + self.share)]
+
+
+def _changes(saved: dict, mine: dict) -> str:
+    """The diff "field: before -> now; ..." between two states, "" if they are of the same data."""
+    same = ("fingerprint", "seed", "batch_size")
+    if all(saved.get(field) == mine[field] for field in same):
+        return ""  # whatever else is described: the same data may have moved
+    before, now = ({**s, **s.get("source", {})} for s in (saved, mine))
+    fields = [*same, *mine["source"]]
+    return "; ".join(f"{f}: {before.get(f)} -> {now[f]}" for f in fields if before.get(f) != now[f])
 
 
 def eval_batches(
@@ -152,45 +211,121 @@ def eval_batches(
     *,
     batch_size: int,
     image_size: int,
+    resize: str = "shortest",
+    interpolation: str = "bicubic",
+    resize_size: int = 0,
     tokenizer: Tokenizer | None = None,
     sharding: jax.sharding.Sharding | None = None,
-    threads: int = 2,
+    reading: Reading = Reading(),
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> Iterator[Batch]:
-    """Every example once, in order; the last batch is filled up by repeating its last row.
+    """Every example once, in order, over all processes; the last batch is filled up.
 
-    Batches are those of TrainLoader plus valid bool [b], False on the filling.
+    Batches are those of TrainLoader plus valid bool [b]: False on the filling, and on examples that
+    could not be used, of which a line on stderr tells at the end. batch_size is global; every
+    process makes its contiguous rows of each batch, and as many batches as the others. resize,
+    interpolation, resize_size: as in eval_transform.
 
     Raises:
-      UserError: empty source, or text asked of a source without text.
+      UserError: empty source, a batch that the processes cannot share evenly, or text asked of a
+        source without text; at the end, if no example of this process could be used.
     """
+    index, processes = _process(process_index, process_count)
     _check(source, 1, 1, tokenizer)
+    _check_shares(batch_size, processes)
+    share, last = batch_size // processes, len(source) - 1
+    starts = range(index * share, -(-len(source) // batch_size) * batch_size, batch_size)
+    # Rows after the last example stay out; of a share that is all filling, one example is read.
+    rows = [range(first, max(first, min(first + share - 1, last)) + 1) for first in starts]
+    plan = ([(i, min(i, last)) for i in row] for row in rows)
+    job = EvalExamples(
+        source, image_size, resize, interpolation, resize_size, reading.allow_truncated, tokenizer
+    )
+    place = _placer(sharding, processes)
 
-    def load(index: int) -> dict:
-        example = source[index]
-        return _row(example, _named(eval_transform, example, image_size), index)
+    def batches() -> Iterator[Batch]:
+        bad, running = [], []
+        try:
+            running.append(reading.crew(job, (share, image_size, image_size, 3)))
+            collated = _collated(running[0].run(plan), lambda batch: place(_filled(batch, share)))
+            running.append(_Ahead(collated))
+            for batch, _, bad_here in running[1]:
+                bad += bad_here
+                yield batch
+        finally:
+            _close(running)
+        _tell(bad, sum(i <= last for row in rows for i in row))
 
-    indices = grain.MapDataset.range(len(source))
-    batches = _batched(indices.map(load), batch_size, tokenizer, threads)
-    batches = batches.map(lambda batch: _filled(batch, batch_size))
-    if sharding is not None:
-        batches = batches.map(lambda batch: _to_device(batch, sharding, 1))
-    return _closing(batches)
-
-
-def _batched(examples: grain.MapDataset, size: int, tokenizer: Tokenizer | None, threads: int):
-    """Batches of `size` examples, in order, loaded by `threads` threads up to two batches ahead."""
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * size, threads))
-    rows = examples.to_iter_dataset(options)
-    return rows.batch(size, batch_fn=lambda group: _collate(group, tokenizer))
+    return batches()
 
 
-def _closing(batches: grain.IterDataset) -> Iterator[Batch]:
-    with contextlib.closing(iter(batches)) as iterator:
-        yield from iterator
+def _tell(bad: list[Bad], examples: int) -> None:
+    """One line about the examples that an evaluation had to leave out."""
+    if not bad:
+        return
+    line = (
+        f"evaluation: {len(bad)} of {examples} examples cannot be used: "
+        f"{named([one.key for one in bad], len(bad))}; the last one: {bad[-1].reason}"
+    )
+    if len(bad) == examples:
+        raise UserError(line)
+    print(line, file=sys.stderr, flush=True)
 
 
-def _close(iterators: list) -> None:
-    iterators.pop().close()
+class _Ahead:
+    """Runs an iterator in a thread of its own, one item ahead of who asks for them."""
+
+    def __init__(self, items: Iterable):
+        self._queue, self._closed = queue.Queue(maxsize=1), threading.Event()
+        arguments = (iter(items), self._queue, self._closed)
+        self._thread = threading.Thread(target=_feed, args=arguments, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self):
+        item, error = self._queue.get()
+        if error is not None:
+            raise error
+        return item
+
+    def stop(self) -> None:
+        """Let the thread end at its next item; `close` waits for it."""
+        self._closed.set()
+        with suppress(queue.Empty):
+            self._queue.get_nowait()
+
+    def close(self) -> None:
+        self._thread.join(timeout=5)
+
+
+def _feed(items: Iterator, into: queue.Queue, closed: threading.Event) -> None:
+    while not closed.is_set():
+        try:
+            item = next(items), None
+        except BaseException as error:  # StopIteration too: it ends the other side's loop
+            item = None, error
+        into.put(item)
+        if item[1] is not None:
+            return
+
+
+def _close(running: list) -> None:
+    """End crew and thread: first nothing new, then the workers, then the thread that waits."""
+    for one in running:
+        one.stop()
+    for one in running:
+        one.close()
+    running.clear()
+
+
+def _process(index: int | None, count: int | None) -> tuple[int, int]:
+    return (
+        jax.process_index() if index is None else index,
+        jax.process_count() if count is None else count,
+    )
 
 
 def _check(source: Source, batch_size: int, processes: int, tokenizer: Tokenizer | None) -> None:
@@ -200,46 +335,40 @@ def _check(source: Source, batch_size: int, processes: int, tokenizer: Tokenizer
         raise UserError(
             f"batch_size={batch_size}: the data has {len(source)} examples, less than one batch"
         )
-    if batch_size % processes:
-        raise UserError(f"batch_size={batch_size}: must be divisible by the {processes} processes")
-    if tokenizer is not None and "text" not in source[0]:
+    _check_shares(batch_size, processes)
+    if tokenizer is not None and "text" not in source.fields:
         raise UserError("data: the objective needs captions, but the examples have no 'text'")
 
 
-def _named(transform, example: dict, *args) -> np.ndarray:
-    """transform(image, *args), its errors naming the example."""
-    try:
-        return transform(example["image"], *args)
-    except UserError as error:
-        raise UserError(f"data example {example['key']!r}: {error}") from None
+def _check_shares(batch_size: int, processes: int) -> None:
+    if batch_size % processes:
+        raise UserError(f"batch_size={batch_size}: must be divisible by the {processes} processes")
 
 
-def _row(example: dict, pixels: np.ndarray, index: int) -> dict:
-    row = {"image": pixels, "index": np.int32(index)}
-    if "label" in example:
-        row["label"] = np.int32(example["label"])
-    if "text" in example:
-        row["text"] = example["text"]
-    return row
+def _collated(loaded: Iterable[tuple[np.ndarray, list[Loaded]]], place) -> Iterator[tuple]:
+    """(batch, how many of its rows are good, what was bad); the batch is None where one is lost."""
+    for pixels, rows in loaded:
+        bad = [one for row in rows for one in row.bad]
+        if lost := [row for row in rows if row.values is None]:
+            yield None, len(rows) - len(lost), bad
+            return
+        values = {name: np.stack([row.values[name] for row in rows]) for name in rows[0].values}
+        yield place({"image": pixels} | values), len(rows), bad
 
 
-def _collate(rows: list[dict], tokenizer: Tokenizer | None) -> dict[str, np.ndarray]:
-    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "text"}
-    if tokenizer is not None:
-        batch["text"] = tokenizer([row["text"] for row in rows])
-    return batch
-
-
-def _filled(batch: dict[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
+def _filled(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+    """`size` rows, by repeating the last one as not valid."""
     count = len(batch["index"])
-    rows = np.minimum(np.arange(batch_size), count - 1)
+    rows = np.minimum(np.arange(size), count - 1)
     filled = {name: array[rows] for name, array in batch.items()}
-    return filled | {"valid": np.arange(batch_size) < count}
+    return filled | {"valid": filled["valid"] & (np.arange(size) < count)}
 
 
-def _to_device(batch: dict[str, np.ndarray], sharding, process_count: int) -> dict[str, jax.Array]:
+def _placer(sharding: jax.sharding.Sharding | None, processes: int):
+    """The function that makes global arrays of this process's rows; without sharding it is idle."""
+
     def place(array: np.ndarray) -> jax.Array:
-        shape = (len(array) * process_count, *array.shape[1:])
+        shape = (len(array) * processes, *array.shape[1:])
         return jax.make_array_from_process_local_data(sharding, array, shape)
 
-    return {name: place(array) for name, array in batch.items()}
+    return (lambda batch: jax.tree.map(place, batch)) if sharding is not None else lambda b: b

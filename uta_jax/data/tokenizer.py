@@ -30,6 +30,9 @@ class Tokenizer:
         self.context = context
         self._bpe = instant_clip_tokenizer.Tokenizer()
 
+    def __reduce__(self):
+        return Tokenizer, (self.context,)  # the tables are in the library, and cannot be pickled
+
     def __call__(self, texts: list[str]) -> np.ndarray:
         """ids_bl int32: start, tokens, end, then zeros.
 

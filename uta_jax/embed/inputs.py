@@ -1,7 +1,6 @@
 """What ``embed`` reads: pictures, arrays, indices, lines of text; all checked in one line each."""
 
 import os
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from uta_jax import UserError
-from uta_jax.data.sources import IMAGE_SUFFIXES, SOURCES, Source, open_source
+from uta_jax.data.sources import Source, open_source
 from uta_jax.data.transforms import eval_transform
 from uta_jax.models.presets import ClipSpec
 
@@ -64,7 +63,7 @@ def open_images(path: Path) -> Source | np.ndarray:
         raise UserError(f"--images={path}: give a folder, a .tar or an .npy")
     if not path.is_file():
         raise UserError(f"--images={path}: no such file")
-    return open_source("tar", path, "") if "tar" in SOURCES else _TarOfImages(path)
+    return open_source("tar", path, "")
 
 
 def batches_for(found: Source | np.ndarray, spec: ClipSpec, path: str | Path):
@@ -72,33 +71,6 @@ def batches_for(found: Source | np.ndarray, spec: ClipSpec, path: str | Path):
     if isinstance(found, np.ndarray):
         return ArrayBatches(found, spec, path)
     return PictureBatches(found, spec)
-
-
-class _TarOfImages:
-    """The images of an uncompressed tar by their place in it; nothing is unpacked."""
-
-    class_names = ()
-
-    def __init__(self, path: Path):
-        try:
-            with tarfile.open(path, "r:") as tar:
-                members = [m for m in tar if m.isreg() and not m.issparse()]
-        except (tarfile.TarError, OSError) as error:
-            raise UserError(f"{path}: not a readable tar ({error})") from None
-        named = (m for m in members if m.name.lower().endswith(IMAGE_SUFFIXES))
-        self._places = [(m.name, m.offset_data, m.size) for m in named]
-        if not self._places:
-            raise UserError(f"{path}: no images found (looked for {', '.join(IMAGE_SUFFIXES)})")
-        self._path = path
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> dict:
-        name, start, size = self._places[index]
-        with self._path.open("rb") as file:
-            file.seek(start)
-            return {"image": file.read(size), "key": name}
 
 
 class PictureBatches:

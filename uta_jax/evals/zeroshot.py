@@ -104,11 +104,14 @@ class ZeroShot:
         return accuracy(class_weights(text_features, len(self._templates)), scored)
 
     def batches(self, spec: ClipSpec) -> Iterator[dict]:
-        """The evaluation images at the input size of ``spec``."""
+        """The evaluation images as the model of ``spec`` takes them."""
         return eval_batches(
             self._source,
             batch_size=self._batch_size,
             image_size=spec.vision.image_size,
+            resize=spec.resize,
+            interpolation=spec.interpolation,
+            resize_size=spec.resize_size,
             sharding=self._sharding,
         )
 

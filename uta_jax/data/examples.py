@@ -1,0 +1,146 @@
+"""What a worker does with one place in the stream of examples: read, decode, crop, tokenize.
+
+Imports no JAX of its own and knows neither batches nor processes; everything random comes from
+(seed, position).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from uta_jax.data import BadExample
+from uta_jax.data.sources import Source
+from uta_jax.data.tokenizer import Tokenizer
+from uta_jax.data.transforms import eval_transform, train_transform
+
+ATTEMPTS = 16  # examples that are tried for one position
+
+
+class Bad(NamedTuple):
+    """An example that could not be used."""
+
+    position: int  # in the endless stream; in an evaluation the index
+    index: int  # of the source
+    key: str
+    reason: str  # one printable line
+
+
+class Loaded(NamedTuple):
+    """What is left of a position beside its pixels: values of the batch, and what was bad there."""
+
+    values: dict[str, np.generic | np.ndarray] | None  # None: nothing usable was found
+    bad: tuple[Bad, ...]
+
+
+@dataclass(frozen=True)
+class TrainExamples:
+    """Puts a random crop of the example at a position into its row.
+
+    Where that example is bad, another takes its place, drawn from (seed, position, attempt) alone,
+    so that all other positions stay what they are. values["index"] is the example that was used.
+    """
+
+    source: Source
+    seed: int
+    size: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: bool
+    allow_truncated: bool = False
+    tokenizer: Tokenizer | None = None
+
+    def __call__(
+        self, position: int, index: int, pixels: np.ndarray, note: Callable[[str], None]
+    ) -> Loaded:
+        bad = []
+        for attempt in range(1, ATTEMPTS + 1):
+            found = _Reading(self.source, index, note)
+            try:
+                example = found.example()
+                pixels[:] = train_transform(
+                    example["image"],
+                    np.random.default_rng([self.seed, position]),
+                    self.size,
+                    self.scale,
+                    self.ratio,
+                    self.flip,
+                    allow_truncated=self.allow_truncated,
+                )
+                return Loaded(found.values(self.tokenizer), tuple(bad))
+            except BadExample as error:
+                bad.append(Bad(position, index, found.key, str(error)))
+            rng = np.random.default_rng([self.seed, position, attempt])
+            index = int(rng.integers(len(self.source)))
+        return Loaded(None, tuple(bad))
+
+
+@dataclass(frozen=True)
+class EvalExamples:
+    """Puts an example, as evaluation sees it, into its row; zeros where it is bad.
+
+    Where position and index differ the row is filling. values["valid"] is False there, and where
+    the example is bad.
+    """
+
+    source: Source
+    size: int
+    resize: str = "shortest"
+    interpolation: str = "bicubic"
+    resize_size: int = 0
+    allow_truncated: bool = False
+    tokenizer: Tokenizer | None = None
+
+    def __call__(
+        self, position: int, index: int, pixels: np.ndarray, note: Callable[[str], None]
+    ) -> Loaded:
+        found = _Reading(self.source, index, note)
+        try:
+            pixels[:] = eval_transform(
+                found.example()["image"],
+                self.size,
+                self.resize,
+                self.interpolation,
+                self.resize_size,
+                allow_truncated=self.allow_truncated,
+            )
+            values = found.values(self.tokenizer)
+            return Loaded(values | {"valid": np.bool_(position == index)}, ())
+        except BadExample as error:
+            pixels[:] = 0
+            bad = Bad(position, index, found.key, str(error))
+            return Loaded(self._empty(index), (bad,) if position == index else ())
+
+    def _empty(self, index: int) -> dict[str, np.generic | np.ndarray]:
+        values = {"index": np.int32(index), "valid": np.False_}
+        if "label" in self.source.fields:
+            values["label"] = np.int32(0)
+        if self.tokenizer is not None:
+            values["text"] = self.tokenizer([""])[0]
+        return values
+
+
+class _Reading:
+    """One example while it is read; `key` is the best name known so far."""
+
+    def __init__(self, source: Source, index: int, note: Callable[[str], None]):
+        self._source, self._index, self._note = source, index, note
+        self.key = f"example {index}"
+
+    def example(self) -> dict:
+        self._example = self._source[self._index]
+        self.key = self._example["key"]
+        self._note(self.key)
+        return self._example
+
+    def values(self, tokenizer: Tokenizer | None) -> dict[str, np.generic | np.ndarray]:
+        """index int32, label int32 of a labelled source, text int32 [l] with a tokenizer."""
+        values = {"index": np.int32(self._index)}
+        if "label" in self._source.fields:
+            values["label"] = np.int32(self._example["label"])
+        if tokenizer is not None:
+            if "text" not in self._example:
+                raise BadExample("has no text")
+            values["text"] = tokenizer([self._example["text"]])[0]
+        return values
