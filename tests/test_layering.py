@@ -27,6 +27,8 @@ MODULES = (
     "checkpoint",
     "evals",
     "train",
+    "hlo",
+    "plan",
     "report",
     "__main__",
 )

@@ -1,6 +1,7 @@
 """The command line, ``uta-jax COMMAND``: each command parses its arguments, calls one function."""
 
 import argparse
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -55,6 +56,22 @@ def _data(args, _):
     sizes = {name: getattr(args, name) for name in (*emoji_scenes.SPLITS, "size", "seed")}
     out = emoji_scenes.build(args.out, **{k: v for k, v in sizes.items() if v is not None})
     print(f"{out}: ready; read it with --config.data.source=tfds --config.data.path={out}")
+
+
+def _plan(args, overrides):
+    # Before JAX looks for devices: the plan is made on the CPU, for whatever slice.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from uta_jax.plan import plan
+
+    config = _read_config(args.config, overrides)
+    plan(
+        config,
+        args.topology,
+        batch_per_chip=args.batch_per_chip,
+        price=args.price,
+        examples=args.examples,
+        json_file=args.json or "",
+    )
 
 
 def _report(args, _):
@@ -139,6 +156,31 @@ COMMANDS = {
             ("--seed", {"type": int, "help": "of all that is random (default 0)"}),
         ),
         _data,
+    ),
+    "plan": Command(
+        "Compile a recipe's step for a TPU slice: does it fit, how fast is it, what does it cost.",
+        "uta-jax plan --config=configs/uta_b16.py --config.teacher.path=preset:eva01_g14_plus "
+        "--topology=v5e:4x4 --batch-per-chip=64 --config.mesh.fsdp=16 --price=1.2",
+        (
+            ("--config", {"required": True, "help": "a recipe; --config.KEY=VALUE as in train"}),
+            (
+                "--topology",
+                {"required": True, "help": "v5e:4x4, v5e:16x16, v5p:4x4x4, v6e:8x8 ... or cpu:N"},
+            ),
+            (
+                "--batch-per-chip",
+                {"type": int, "default": 0, "help": "images (default: config.data.batch_size "
+                 "over all chips)"},
+            ),
+            ("--price", {"type": float, "default": 0.0, "help": "of one chip for one hour"}),
+            (
+                "--examples",
+                {"type": int, "default": 14_197_122, "help": "length of the training set, for "
+                 "recipes in epochs (default: ImageNet-21k)"},
+            ),
+            ("--json", {"help": "write the same figures to this file"}),
+        ),
+        _plan,
     ),
     "report": Command(
         "Pictures and a summary of a run: samples.png, curves.png, summary.json.",
@@ -231,7 +273,7 @@ def _blame(culprit: str):
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0, or 2 after one line about a mistake of the user's."""
     args, rest = _parser().parse_known_args(argv)
-    if rest and args.command != "train":
+    if rest and args.command not in ("train", "plan"):
         name = f"uta-jax {args.command}"
         print(f"{name}: unexpected argument {rest[0]!r} (see {name} --help)", file=sys.stderr)
         return 2
