@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from uta_jax import UserError
-from uta_jax.__main__ import COMMANDS, _read_config
+from uta_jax.commands import COMMANDS
 from uta_jax.config import (
     check,
     default_config,
@@ -19,6 +19,7 @@ from uta_jax.config import (
 from uta_jax.mesh import make_mesh
 from uta_jax.models.presets import CLIP, VIT
 from uta_jax.objectives import OBJECTIVES
+from uta_jax.recipes import read_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 IMAGENET_21K = 14_200_000
@@ -257,7 +258,7 @@ def fake_teacher(c):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_recipes_fit_together(path):
-    c = _read_config(str(path), [])
+    c = read_config(str(path), [])
     assert c.is_locked
     r = make_recipe(c, fake_teacher(c), IMAGENET_21K)
     assert 0 < r.optim.warmup_steps < r.optim.total_steps
@@ -272,7 +273,7 @@ def test_shipped_recipes_fit_together(path):
 )
 def test_schedules_of_the_full_recipes(name, steps, warmup):
     """150 epochs of ImageNet-21k in batches of 2048 and 4096; warm-up of 1 and 2 epochs."""
-    c = _read_config(str(CONFIGS[0].with_stem(name)), [])
+    c = read_config(str(CONFIGS[0].with_stem(name)), [])
     optim = make_recipe(c, fake_teacher(c), IMAGENET_21K).optim
     assert (optim.total_steps, optim.warmup_steps) == (steps, warmup)
 
@@ -289,7 +290,7 @@ def test_the_example_of_the_command_line_is_a_recipe_that_ships():
 def test_save_and_load_give_the_same(path, tmp_path):
     mixture = (("folder", "a", "", 1.0), ("tar", "b", "train", 0.5))
     changes = ["--config.data.crop_scale=(0.5, 0.75)", f"--config.data.mixture={mixture}"]
-    c = _read_config(str(path), changes)
+    c = read_config(str(path), changes)
     save_config(c, tmp_path / "config.json")
     again = load_config(tmp_path / "config.json")
     assert dict(leaves(again)) == dict(leaves(c))

@@ -10,7 +10,8 @@ import pytest
 from pictures import Pictures
 from PIL import Image
 
-from uta_jax.__main__ import DATA, _parser, main
+from uta_jax.__main__ import _parser, main
+from uta_jax.commands import DATA
 from uta_jax.data.verify import guess_kind, verify
 
 

@@ -28,7 +28,11 @@ MODULES = (
     "evals",
     "embed",
     "train",
+    "hlo",
+    "plan",
     "report",
+    "recipes",
+    "commands",
     "__main__",
 )
 TORCH = {"torch", "torchvision", "transformers", "open_clip", "timm"}

@@ -223,17 +223,21 @@ def blame(key: str):
         raise UserError(f"{key}: {error}") from error
 
 
-def make_recipe(config: ConfigDict, teacher: ClipSpec | None, examples: int) -> Recipe:
-    """The static recipe of a run on the devices present.
+def make_recipe(
+    config: ConfigDict, teacher: ClipSpec | None, examples: int, devices: int = 0
+) -> Recipe:
+    """The static recipe of a run.
 
     ``teacher``: the specification of the checkpoint at ``config.teacher.path`` (its own input
-    size), or None; ``examples``: length of the training set. Raises UserError for what does not fit
+    size), or None; ``examples``: length of the training set; ``devices``: how many it runs on (0:
+    those present). Raises UserError for what does not fit
     together.
     """
     check(config)
-    _check_divides("data.batch_size", config.data.batch_size)
+    devices = devices or jax.device_count()
+    _check_divides("data.batch_size", config.data.batch_size, devices)
     if config.eval.path:
-        _check_divides("eval.batch_size", config.eval.batch_size)
+        _check_divides("eval.batch_size", config.eval.batch_size, devices)
     if config.data.batch_size > examples:
         raise UserError(
             f"config.data.batch_size={config.data.batch_size} is more than the {examples} training "
@@ -264,8 +268,7 @@ def make_recipe(config: ConfigDict, teacher: ClipSpec | None, examples: int) -> 
     return Recipe(make_task(config, teacher), optim, o.ema_decay, config.seed)
 
 
-def _check_divides(key: str, size: int) -> None:
-    devices = jax.device_count()
+def _check_divides(key: str, size: int, devices: int) -> None:
     if size % devices:
         raise UserError(
             f"config.{key}={size} does not divide over the {devices} devices: "

@@ -53,13 +53,60 @@ def dense(features, *, use_bias=True, axis=-1, gain=1.0, dtype=None, name=None) 
     )
 
 
-def layer_norm(eps: float, dtype=None, name=None) -> nn.LayerNorm:
-    """LayerNorm with fp32 statistics.
+def _statistics(x: Array) -> tuple[Array, Array]:
+    """``x`` less its mean over the last axis, and its variance [..., 1]; both fp32.
 
     Two-pass variance: E[x^2] - E[x]^2 loses every digit on the low-variance tokens that teachers do
     emit, and parity with PyTorch goes with it.
     """
-    return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred, jnp.square(centred).mean(axis=-1, keepdims=True)
+
+
+def _statistics_by_products(x: Array) -> tuple[Array, Array]:
+    """The same with both sums taken by the matrix unit, from bfloat16 ``x``.
+
+    Sums over lanes are the slowest thing a TPU does: the compiler's estimate of a whole UTA-B/16
+    step is a sixth lower this way. 128 equal columns, since a single one is turned into a sum
+    again. Products with one are exact and accumulate in fp32; only the squares are rounded, each by
+    2^-9 at most.
+    """
+    ones = jnp.ones((x.shape[-1], 128), x.dtype)
+
+    def mean(y: Array) -> Array:
+        return jnp.matmul(y, ones, preferred_element_type=jnp.float32)[..., :1] / y.shape[-1]
+
+    centred = x.astype(jnp.float32) - mean(x)
+    return centred, mean(jnp.square(centred).astype(x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis with fp32 statistics."""
+
+    eps: float
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., d] -> [..., d] in ``dtype``."""
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        if x.dtype == jnp.bfloat16:
+            centred, variance = jax.lax.platform_dependent(
+                x, tpu=_statistics_by_products, default=_statistics
+            )
+        else:
+            centred, variance = _statistics(x)
+        lead = (None,) * (x.ndim - 1)
+        gain = jax.lax.rsqrt(variance + self.eps) * scale[lead]
+        return (centred * gain + bias[lead]).astype(self.dtype or x.dtype)
+
+
+def layer_norm(eps: float, dtype=None, name=None) -> LayerNorm:
+    """The LayerNorm of every tower."""
+    return LayerNorm(eps, dtype, name=name)
 
 
 class TokenHead(nn.Module):
