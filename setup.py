@@ -40,6 +40,10 @@ setup(
         "cykooz.resizer>=4.0.1,<5",  # SIMD bicubic that frees the GIL
         "pyarrow>=26,<27",
         "fsspec>=2026.9",  # remote files; gs:// wants the extra gcs
+        "huggingface_hub>=2.4,<3",  # hf-hub:ORG/NAME, and its cache
+        "ml_dtypes>=0.5,<0.7",  # bfloat16 tensors in NumPy
+        "tokenizers>=0.23,<0.24",  # tokenizer.json of SigLIP models
+        "sentencepiece>=0.2.3,<0.3",  # spiece.model of SigLIP models
         "etils[epath]>=1.15,<2",
         "protobuf>=6",  # tf.train.Example records, parsed without TensorFlow
         "instant-clip-tokenizer>=0.1.1,<0.2",  # CLIP's BPE with its vocabulary inside, no torch

@@ -17,7 +17,8 @@ from uta_jax import UserError
 from uta_jax.__main__ import _parser, main
 from uta_jax.checkpoint import Checkpoints
 from uta_jax.commands import COMMANDS
-from uta_jax.config import default_config, make_recipe, save_config
+from uta_jax.config import default_config, make_recipe
+from uta_jax.config_files import save_config
 from uta_jax.models.presets import CLIP
 from uta_jax.step import state_shapes
 

@@ -11,15 +11,13 @@ from uta_jax.commands import COMMANDS
 from uta_jax.config import (
     check,
     default_config,
-    load_config,
     make_recipe,
     make_task,
-    save_config,
 )
+from uta_jax.config_files import load_config, read_config, save_config
 from uta_jax.mesh import make_mesh
 from uta_jax.models.presets import CLIP, VIT
 from uta_jax.objectives import OBJECTIVES
-from uta_jax.recipes import read_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 IMAGENET_21K = 14_200_000

@@ -14,7 +14,8 @@ from PIL import Image
 from uta_jax import embed as embedding
 from uta_jax.__main__ import main
 from uta_jax.checkpoint import Checkpoints
-from uta_jax.config import default_config, make_recipe, save_config
+from uta_jax.config import default_config, make_recipe
+from uta_jax.config_files import save_config
 from uta_jax.data.tokenizer import Tokenizer
 from uta_jax.data.transforms import eval_transform, to_input
 from uta_jax.embed import embed

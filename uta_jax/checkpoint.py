@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from uta_jax import UserError
 from uta_jax import config as configs
 from uta_jax import mesh as meshes
+from uta_jax.config_files import load_config
 from uta_jax.interop.teacher import Checkpoint, load_clip, read_spec
 from uta_jax.models.presets import ClipSpec
 from uta_jax.objectives import OBJECTIVES, Task
@@ -143,7 +144,7 @@ class SavedRun:
 def load_run(workdir: str | Path) -> SavedRun:
     """Read configuration, teacher and newest checkpoint of ``workdir``; not its training data."""
     workdir = Path(workdir)
-    config = configs.load_config(workdir / "config.json")
+    config = load_config(workdir / "config.json")
     path = config.teacher.path if OBJECTIVES[config.objective].needs_teacher else ""
     with configs.blame(f"config.teacher.path of {workdir}"):
         spec = read_spec(path) if path else None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from uta_jax import UserError
-from uta_jax.recipes import read_config
+from uta_jax.config_files import read_config
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,9 @@ alone and costs nothing; ``make_recipe`` sees the teacher, the data set and the 
 refuses what does not fit together. Both run before anything is read, compiled or written.
 """
 
-import json
 import math
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -379,30 +377,3 @@ def leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:
         section = isinstance(value, ConfigDict)
         flat |= leaves(value, f"{prefix}{key}.") if section else {prefix + key: value}
     return flat
-
-
-def save_config(config: ConfigDict, path: Path) -> None:
-    """Write the resolved configuration as JSON; an interruption leaves the old file."""
-    new = path.with_suffix(".tmp")
-    new.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    new.replace(path)
-
-
-def load_config(path: Path) -> ConfigDict:
-    """Read what ``save_config`` wrote; keys that are unknown today are an error."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: not the workdir of a training run")
-    config = default_config()
-    try:
-        config.update(_tuples(json.loads(path.read_text())))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not a configuration of this version: {reason}") from error
-    return config
-
-
-def _tuples(value):
-    """JSON has no tuples; the configuration has no lists."""
-    if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -156,69 +156,53 @@ def _teacher_spec(config: ConfigDict) -> ClipSpec | None:
 
 def compile_plan(recipe: Recipe, mesh: Mesh, topology: str, batch: int, price: float) -> Plan:
     """Compile ``train_step`` for ``mesh`` and read its figures; ``batch`` is global."""
-    task, chips = recipe.task, mesh.devices.size
     state = _placed(state_shapes(recipe), state_shardings(recipe, mesh))
-    frozen, size = {}, task.student.image_size
-    if task.teacher:
-        dtype = jnp.dtype(task.teacher_dtype)
-        frozen = jax.eval_shape(
-            lambda: {"vision": init_vit(task.teacher.vision, jax.random.key(0))}
-        )
-        frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), frozen)
-        frozen = _placed(frozen, meshes.shardings(mesh, frozen))
+    frozen, inputs = _frozen(recipe, mesh), _inputs(recipe, mesh, batch)
+    start = time.perf_counter()
     with jax.set_mesh(mesh):
-        images = jax.ShapeDtypeStruct(
-            (batch, size, size, 3), jnp.uint8, sharding=meshes.batch_sharding(mesh)
-        )
-        inputs = {"image": images}
-        if task.text:
-            inputs["text"] = jax.ShapeDtypeStruct(
-                (batch, task.text.context), jnp.int32, sharding=meshes.batch_sharding(mesh)
-            )
-        start = time.perf_counter()
         compiled = compile_step(recipe, mesh, frozen).lower(state, frozen, inputs).compile()
-        seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     program, memory = hlo.read(compiled.as_text()), compiled.memory_analysis()
-    parts = {
-        "params": _bytes(state.params),
-        "moments": _bytes(state.opt_state),
-        "ema": _bytes(state.ema),
-        "teacher": _bytes(frozen),
-    }
-    before = memory.argument_size_in_bytes
-    peak = max(getattr(memory, "peak_memory_in_bytes", 0), before + memory.temp_size_in_bytes)
+    parts = [_bytes(x) for x in (state.params, state.opt_state, state.ema, frozen)]
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak = max(getattr(memory, "peak_memory_in_bytes", 0), held)
+    activations = peak - sum(parts)
     student, teacher = flops_per_image(recipe)
-    chip = CHIPS.get(topology.partition(":")[0])
+    chip, chips = CHIPS.get(topology.partition(":")[0]), mesh.devices.size
     per_chip = batch // chips
     step = program.cycles / chip.clock if chip else 0.0
     roofline = per_chip * (student + teacher) / chip.flops if chip else 0.0
+    largest = per_chip * (chip.memory - sum(parts)) / activations if chip else 0
     hours = step * recipe.optim.total_steps / 3600
-    images = peak - sum(parts.values())
-    room = chip.memory - sum(parts.values()) if chip else 0
     return Plan(
-        topology=topology,
-        chips=chips,
-        batch_per_chip=per_chip,
-        fsdp=mesh.shape["fsdp"],
-        remat=task.remat,
-        parameters=_count(state.params),
-        teacher_parameters=_count(frozen),
-        **{f"{name}_bytes": size for name, size in parts.items()},
-        activations_bytes=images,
-        peak_bytes=peak,
-        largest_batch_per_chip=max(0, math.floor(room / images * per_chip)) if chip else 0,
-        student_flops_per_image=student,
-        teacher_flops_per_image=teacher,
-        collectives=program.collectives,
-        cycles=program.cycles,
-        step_seconds=step,
-        roofline_seconds=roofline,
+        topology, chips, per_chip, mesh.shape["fsdp"], recipe.task.remat,
+        _count(state.params), _count(frozen), *parts, activations, peak, max(0, int(largest)),
+        student, teacher, program.collectives, program.cycles, step, roofline,
         images_per_second_per_chip=per_chip / step if step else 0.0,
         mfu=roofline / step if step else 0.0,
         hours=hours,
         money=hours * chips * price,
         compile_seconds=seconds,
-    )
+    )  # fmt: skip
+
+
+def _frozen(recipe: Recipe, mesh: Mesh) -> dict:
+    """The teacher's vision tower as shapes, in the layout that a run gives it."""
+    teacher, dtype = recipe.task.teacher, jnp.dtype(recipe.task.teacher_dtype)
+    if not teacher:
+        return {}
+    shapes = jax.eval_shape(lambda: {"vision": init_vit(teacher.vision, jax.random.key(0))})
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    return _placed(shapes, meshes.shardings(mesh, shapes))
+
+
+def _inputs(recipe: Recipe, mesh: Mesh, batch: int) -> dict:
+    """A batch as shapes."""
+    size, text = recipe.task.student.image_size, recipe.task.text
+    shapes = {"image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)}
+    if text:
+        shapes["text"] = jax.ShapeDtypeStruct((batch, text.context), jnp.int32)
+    return _placed(shapes, dict.fromkeys(shapes, meshes.batch_sharding(mesh)))
 
 
 def _placed(shapes, shardings):

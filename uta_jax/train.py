@@ -29,6 +29,7 @@ from uta_jax import UserError, metrics
 from uta_jax import config as configs
 from uta_jax import mesh as meshes
 from uta_jax.checkpoint import Checkpoints
+from uta_jax.config_files import load_config, save_config
 from uta_jax.data.loader import Reading, TrainLoader
 from uta_jax.data.sources import open_source
 from uta_jax.data.tokenizer import Tokenizer
@@ -196,11 +197,11 @@ def _record_config(run: Run, step: int) -> None:
     """Write the run's configuration; a resumed run says first what it changes."""
     path = run.workdir / "config.json"
     if step and path.exists():
-        before = configs.leaves(configs.load_config(path))
+        before = configs.leaves(load_config(path))
         for key, value in configs.leaves(run.config).items():
             if value != before[key]:
                 print(f"CHANGED from step {step} on: config.{key}: {before[key]} -> {value}")
-    configs.save_config(run.config, path)
+    save_config(run.config, path)
 
 
 def _evaluates(run: Run, step: int) -> bool:

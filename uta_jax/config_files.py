@@ -1,14 +1,16 @@
-"""A recipe file and ``--config.KEY=VALUE`` overrides -> one locked configuration."""
+"""Configurations on disk: recipes with their overrides, and what a run was started with."""
 
+import json
 import runpy
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from uta_jax import UserError
+from uta_jax.config import default_config
 
 # What Python, absl and ml_collections raise for a key or a value that they refuse.
 _MISTAKES = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
@@ -56,3 +58,30 @@ def _blame(culprit: str):
         reason = "no such key: " if isinstance(inner, KeyError) else ""
         reason += " ".join(" ".join(map(str, inner.args)).split())
         raise UserError(f"{culprit}: {reason} (all keys: uta_jax/config.py)") from error
+
+
+def save_config(config: ConfigDict, path: Path) -> None:
+    """Write the resolved configuration as JSON; an interruption leaves the old file."""
+    new = path.with_suffix(".tmp")
+    new.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    new.replace(path)
+
+
+def load_config(path: Path) -> ConfigDict:
+    """Read what ``save_config`` wrote; keys that are unknown today are an error."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: not the workdir of a training run")
+    config = default_config()
+    try:
+        config.update(_tuples(json.loads(path.read_text())))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a configuration of this version: {reason}") from error
+    return config
+
+
+def _tuples(value):
+    """JSON has no tuples; the configuration has no lists."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
