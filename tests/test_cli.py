@@ -348,7 +348,7 @@ def test_help_says_what_a_command_does_with_an_example_that_parses(name, capsys)
     program, *arguments = shlex.split(command.example)
     args, rest = _parser().parse_known_args(arguments)
     assert (program, args.command) == ("uta-jax", name)
-    assert all(a.startswith("--config.") for a in rest) and (name == "train" or not rest)
+    assert all(a.startswith("--config.") for a in rest) and (name in ("train", "plan") or not rest)
 
 
 def test_help_of_all_names_every_command(capsys):
