@@ -8,10 +8,9 @@ recipe of the nearest relative, EVA-02-B masked image modelling (baaivision/EVA,
     uta-jax train --config=configs/uta_b16.py --workdir=runs/uta_b16 \\
         --config.data.path=data/imagenet21k --config.teacher.path=checkpoints/eva01_g14_plus
 
-The named teacher cannot be read yet: only Hugging Face CLIP directories and released UTA weights
-can. Meanwhile give --config.teacher.path one of those. A student of this architecture exports as
-`uta` where the teacher's text tower has exact GELU; with OpenAI's CLIP (QuickGELU) train a student
-that exports as `hf`, --config.student.preset=clip_b16.
+The teacher, where the machine is online: ``uta-jax convert
+open_clip:EVA01-g-14-plus/merged2b_s11b_b114k checkpoints/eva01_g14_plus``.
+With any other CLIP as teacher, README ("Weights in and out") says which formats the student fits.
 
 Never run. Expected result: not known. The authors' README gives 77.0 % ImageNet-1k zero-shot for
 their B/16, which may be after contrastive fine-tuning. Run time: not measured. 150 epochs of

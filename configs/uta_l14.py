@@ -7,9 +7,8 @@ it got there is not public, so this recipe trains at 224 px, where student and t
     uta-jax train --config=configs/uta_l14.py --workdir=runs/uta_l14 \\
         --config.data.path=data/imagenet21k --config.teacher.path=checkpoints/eva01_g14_plus
 
-The named teacher cannot be read yet: only Hugging Face CLIP directories and released UTA weights
-can. Meanwhile give --config.teacher.path one of those; ``configs/uta_b16.py`` says which of them
-let the student be exported.
+The teacher, where the machine is online: ``uta-jax convert
+open_clip:EVA01-g-14-plus/merged2b_s11b_b114k checkpoints/eva01_g14_plus``.
 
 Never run. Expected result and run time: not known, not measured (the authors give their L/14 at
 336 px 81.4 %).

@@ -1,5 +1,6 @@
 """``transformers.CLIPModel`` and open_clip against ours: features both ways, positions, exports."""
 
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -30,7 +31,8 @@ BASE_32 = dict(
 )
 LARGE_14_336 = dict(
     vision_config=dict(
-        image_size=336, patch_size=14, hidden_size=1024, num_hidden_layers=2,
+        image_size=336, patch_size=14, hidden_size=1024,
+        num_hidden_layers=24 if os.environ.get("FULL_DEPTH") else 2,
         num_attention_heads=16, intermediate_size=4096,
     ),
     text_config=dict(

@@ -1,6 +1,7 @@
 """The parity matrix of one format: ours -> the real library -> ours, features and every bit."""
 
 import io
+import os
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -15,6 +16,8 @@ from uta_jax.interop.files import write_json, write_safetensors
 from uta_jax.models.text import TextTower
 from uta_jax.models.vit import Vit
 
+# By hand, before a release: B/16 and L/14 with all their blocks instead of two.
+FULL_DEPTH = bool(os.environ.get("FULL_DEPTH"))
 TOLERANCE = 5e-5  # on features of length one
 
 

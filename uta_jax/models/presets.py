@@ -84,6 +84,7 @@ class ClipSpec:
     resize_size: int = 0  # pixels that `resize` makes before the crop; 0: the input size
     logit_bias: bool = False  # a learned bias beside the scale (SigLIP)
     tokenizer: str = "clip"  # clip: byte pairs inside the package; else a file beside the weights
+    cleaning: str = ""  # of texts before such a file's tokenizer; empty: as the file suggests
 
 
 def _clip_vit(image_size, patch_size, width, depth, heads, out_dim, act="quick_gelu"):
