@@ -9,8 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from interop_models import random_params, write_model
 from PIL import Image
 
+from uta_jax import UserError
 from uta_jax import embed as embedding
 from uta_jax.__main__ import main
 from uta_jax.checkpoint import Checkpoints
@@ -269,6 +271,7 @@ def refuse(capsys, *argv):
         (["--images=nowhere.npy"], "nowhere.npy: cannot be read"),
         (["--images=objects.npy"], "objects.npy: not a readable .npy file"),
         (["--images=cut.npy"], "cut.npy: not a readable .npy file"),
+        (["--images=header.npy"], "header.npy: not a readable .npy file"),
         (["--images=bytes.npy"], "uint8 [2, 64, 64, 3] must be normalised floats"),
         (["--images=both.npy"], "both axis 1 and axis 3 are 3 long"),
         (["--images=neither.npy"], "neither axis 1 nor axis 3 is 3 long"),
@@ -293,6 +296,7 @@ def test_mistakes(teacher_dir, tmp_path, monkeypatch, capsys, argv, message):
     )  # fmt: skip
     np.save("objects.npy", np.array([{}]), allow_pickle=True)
     Path("cut.npy").write_bytes(Path("good.npy").read_bytes()[:-9])
+    Path("header.npy").write_bytes(b"\x93NUMPY\x01\x00\x0a\x00{'descr': (\n")
     for name, data in {"t": b"x", "empty": b"\n \n", "latin": b"x\xe4"}.items():
         Path(f"{name}.txt").write_bytes(data)
     Path("broken.tar").write_bytes(b"no tar at all")
@@ -302,6 +306,32 @@ def test_mistakes(teacher_dir, tmp_path, monkeypatch, capsys, argv, message):
     before = sorted(tmp_path.rglob("*"))
     assert message in refuse(capsys, f"--model={teacher_dir}", "--out=out.npz", *argv)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_texts_need_the_tokenizer_of_the_model(tmp_path, capsys):
+    """Ids that it does not know, a file that is not there; and no folder makes it a run."""
+    write_model(tmp_path / "few", "hf_clip")
+    (tmp_path / "few" / "checkpoints").mkdir()
+    vision = VitSpec(16, 8, 16, 1, 2, 32, 16, cls=False, pool="map", head_proj=False)
+    text = TextSpec(8, 50, 16, 1, 2, 32, 16)
+    spec = ClipSpec(vision, text, tokenizer="spiece.model")
+    (tmp_path / "none").mkdir()
+    params = translate.flatten(random_params(spec))
+    write_recorded(tmp_path / "none", "uta_jax", "weights.safetensors", params, spec, {})
+    (tmp_path / "t.txt").write_text("a cat")
+    argv = [f"--texts={tmp_path / 't.txt'}", f"--out={tmp_path / 'o.npz'}", "--model"]
+    line = refuse(capsys, *argv, tmp_path / "few")
+    assert "gives id 49407, but the text tower knows 50 tokens" in line
+    assert "none lacks its tokenizer 'spiece.model'" in refuse(capsys, *argv, tmp_path / "none")
+    assert not (tmp_path / "o.npz").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".npz", "a\0b.npz", "link.npz", "t.txt/o.npz"])
+def test_no_file_can_be_there(teacher_dir, tmp_path, name):
+    (tmp_path / "t.txt").write_text("a cat")
+    (tmp_path / "link.npz").symlink_to(tmp_path / "nowhere.npz")
+    with pytest.raises(UserError, match=r"--out=.*: (cannot be written|already exists)"):
+        embed(teacher_dir, tmp_path / name, texts=tmp_path / "t.txt")
 
 
 def test_an_earlier_file_is_replaced_only_when_asked(teacher_dir, tmp_path, capsys):

@@ -20,6 +20,7 @@ from uta_jax.interop import libraries, translate
 from uta_jax.interop.export import EXPORTS, LIMITS, export, fitting_formats
 from uta_jax.interop.files import WRITTEN
 from uta_jax.interop.teacher import load_clip
+from uta_jax.models.encode import encode_images, encode_texts
 from uta_jax.models.presets import CLIP, VIT, ClipSpec, TextSpec, VitSpec
 
 TEXT = TextSpec(8, 60, 64, 2, 1, 96, 40, act="quick_gelu")
@@ -124,23 +125,65 @@ def test_the_lines_on_the_card_load_the_model(name, tmp_path):
         "timm": model,
     }[fmt]
     theirs = libraries.run(encode, image.transpose(0, 3, 1, 2))
-    ours = np.asarray(exporting._images(params["vision"], image, spec.vision))
+    ours = np.asarray(encode_images(params["vision"], image, spec=spec))
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (ours, theirs)]
     np.testing.assert_allclose(*unit, rtol=0, atol=5e-5)
 
 
+def save_tokenizer(folder, ends=True):
+    import tokenizers
+
+    words = [
+        "<unk>",
+        "</s>",
+        "▁a",
+        "▁cat",
+        "▁dog",
+        "▁A",
+        "▁cat.",
+        "▁Two",
+        "▁two",
+        "▁dogs",
+        "▁dogs,",
+    ]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    if ends:
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            "$A </s>", special_tokens=[("</s>", 1)]
+        )
+    made.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("fmt", ["hf", "open_clip"])
+def test_texts_are_cleaned_as_they_were(fmt, tmp_path):
+    """Each way of cleaning survives both formats, and the library's tokens are compared."""
+    text = replace(SIGLIP.text, vocab=32000)
+    spec = replace(SIGLIP, text=text, tokenizer="tokenizer.json")
+    params, seen = random_params(spec), set()
+    for cleaning in ("open_clip", "lower"):
+        spec = replace(spec, cleaning=cleaning)
+        file = save_tokenizer(tmp_path)
+        export(params, spec, fmt, tmp_path / cleaning, {}, tokenizer_file=file)
+        assert load_clip(tmp_path / cleaning).spec == spec
+        assert (
+            "| texts in the library | the same" in (tmp_path / cleaning / "README.md").read_text()
+        )
+        seen.add(open_tokenizer("tokenizer.json", tmp_path, 8, cleaning)(["A cat."]).tobytes())
+    assert len(seen) == 2
+    file = save_tokenizer(tmp_path, ends=False)
+    with pytest.raises(UserError, match="reads texts as other tokens than ours"):
+        export(params, spec, fmt, tmp_path / "x", {}, tokenizer_file=file)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_tokenizer_lies_beside_the_weights(tmp_path):
     """And transformers reads it as we do."""
-    import tokenizers
     from transformers import AutoTokenizer
 
-    words = {"<unk>": 0, "</s>": 1, "▁a": 2, "▁cat": 3, "▁dog": 4}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    made.post_processor = tokenizers.processors.TemplateProcessing(
-        "$A </s>", special_tokens=[("</s>", 1)]
-    )
-    made.save(str(tmp_path / "tokenizer.json"))
+    save_tokenizer(tmp_path)
     spec = replace(SIGLIP, tokenizer="tokenizer.json")
     export(
         random_params(spec), spec, "hf", tmp_path / "x", {},
@@ -157,7 +200,7 @@ def test_a_tokenizer_lies_beside_the_weights(tmp_path):
     texts.write_text("a dog\na a\n")
     embed(tmp_path / "x", tmp_path / "o.npz", texts=texts)
     with np.load(tmp_path / "o.npz") as found:
-        want = exporting._texts(again.params["text"], ours[[0, 2]], spec.text)
+        want = encode_texts(again.params["text"], ours[[0, 2]], spec=spec.text)
         np.testing.assert_allclose(found["text_features"], want, rtol=0, atol=1e-5)
 
 
@@ -294,7 +337,9 @@ def test_model_card(tmp_path):
     text = (tmp_path / "student" / "README.md").read_text()
     assert text.startswith('---\nlicense: "apache-2.0"\n') and "# student" in text
     for word in ("asset:tiny_clip", "| steps | 600 |", "24 px", "CLIPModel.from_pretrained",
-                 "trained by uta-jax", "difference after writing | 0 |", "a\\|b # c"):  # fmt: skip
+                 "trained by uta-jax", "openai/clip-vit-base-patch32",
+                 "| crop | transformers", "difference after writing | 0 |",
+                 "a\\|b # c"):  # fmt: skip
         assert word in text
     assert re.search(r"transformers 5\S* agrees within \d\.\de-0\d \(allowed 5e-05\)", text)
 

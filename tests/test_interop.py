@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 from uta_jax import UserError
 from uta_jax.interop import keymaps, translate
-from uta_jax.interop.files import open_weights, write_json
+from uta_jax.interop.files import open_weights, sha256, write_json
 from uta_jax.interop.find import spec_of
+from uta_jax.interop.specs import spec_from_json
 from uta_jax.interop.teacher import convert, load_clip, read_spec, resample_positions
 from uta_jax.models.presets import CLIP, VIT, ClipSpec
 
@@ -111,6 +112,23 @@ def test_only_named_keys_are_dropped():
         translate.to_ours("hf_clip", CLIP_SPEC, theirs)
 
 
+@pytest.mark.parametrize("change", [dict(rope_theta=1e5), dict(rope_grid=14), dict(image_size=32)])
+def test_tables_of_other_positions_are_refused(tmp_path, change):
+    root = write_model(tmp_path / "x", "uta")
+    tensors = load_file(root / "uta.safetensors")
+    half = {name: x.astype(np.float16) if "freqs" in name else x for name, x in tensors.items()}
+    translate.check_tables("uta", UTA_SPEC, half)
+    extras = dict(translate._extra_names("uta", UTA_SPEC))
+    other = replace(UTA_SPEC, vision=replace(UTA_SPEC.vision, **change))
+    name = "visual.blocks.2.attn.rope.freqs_sin"
+    tensors[name] = extras[name].make(other)
+    save_file(tensors, root / "uta.safetensors")
+    edit_json(root / "spec.json", sha256="")
+    for read in (load_clip, lambda path: convert(path, tmp_path / "dst")):
+        with pytest.raises(UserError, match=f"{name} .* rope_theta 10000, .* 3 x 3 patches"):
+            read(root)
+
+
 def test_tree_of_another_architecture_is_refused():
     with pytest.raises(UserError, match="parameter tree: .* missing: vision/blocks/mlp/gate/bias"):
         translate.to_theirs("uta", UTA_SPEC, random_params(CLIP_SPEC))
@@ -125,7 +143,10 @@ def test_a_directory_loads_as_the_model_that_was_written(written):
     assert clip.spec == SPECS[fmt] == read_spec(folder)
     assert clip.tokenizer_context == 8 and clip.tokenizer_file is None
     assert_equal_trees(clip.params, random_params(SPECS[fmt]))
-    assert set(clip.provenance) == {"name", "format", "sha256"}
+    path = next(folder.glob("*.safetensors"))
+    digest = sha256(path)
+    path.unlink()  # it is known already what was read
+    assert clip.provenance == {"name": "model", "format": fmt, "sha256": digest}
 
 
 def test_matrices_stay_in_the_order_of_the_file(hf_dir):
@@ -188,6 +209,37 @@ def test_positions_with_and_without_cls(cls):
 
 
 # Our own record
+
+
+@pytest.mark.parametrize(
+    ("tower", "changes", "message"),
+    [
+        ("vision", {"ln_eps": math.nan}, "ln_eps=nan must be a finite number > 0"),
+        ("text", {"ln_eps": -1.0}, "ln_eps=-1.0 must be a finite number > 0"),
+        ("vision", {"rope_theta": -1e4}, "rope_theta=-10000.0 must be a finite number >= 0"),
+        ("vision", {"rope_theta": 1e4, "heads": 16}, "heads of a multiple of 4 channels, not 2"),
+        ("vision", {"pool": "end"}, "pool 'end' is not supported .cls, map are"),
+        ("text", {"pool": "cls"}, "pool 'cls' is not supported .end, last are"),
+        ("text", {"vocab": 10**30}, "vocab=1e[+]30 is larger"),
+        ("vision", {"depth": 10**30}, "depth=1e[+]30 is larger"),
+        ("", {"resize_size": 5}, "resize_size=5 must be 0 or at least the image size 24"),
+        ("", {"resize_size": -7}, "resize_size=-7 must be 0 or at least"),
+        ("", {"cleaning": "upper"}, "cleaning 'upper' is not supported"),
+    ],
+)
+def test_specifications_of_no_model(tower, changes, message):
+    values = asdict(CLIP_SPEC)
+    (values[tower] if tower else values).update(changes)
+    with pytest.raises(UserError, match=message):
+        spec_from_json(values, "x")
+
+
+def test_an_incomplete_provenance_is_none(hf_dir, tmp_path):
+    convert(hf_dir, tmp_path / "ours")
+    edit_json(tmp_path / "ours" / "spec.json", source={"name": "x", "sha256": None})
+    edit_json(tmp_path / "ours" / "spec.json", sha256=None)
+    found = convert(tmp_path / "ours", tmp_path / "again").provenance
+    assert found["name"] == "ours" and found["format"] == "uta_jax"
 
 
 @pytest.mark.parametrize(

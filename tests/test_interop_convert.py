@@ -27,8 +27,9 @@ from uta_jax.interop import translate
 from uta_jax.interop.export import export
 from uta_jax.interop.files import WRITTEN, sha256, write_json, write_safetensors
 from uta_jax.interop.hf_config import hf_configs
-from uta_jax.interop.teacher import convert, load_clip
+from uta_jax.interop.teacher import convert, load_clip, read_spec
 from uta_jax.models.presets import CLIP
+from uta_jax.objectives import Task
 
 
 @pytest.fixture(params=SPECS)
@@ -92,6 +93,17 @@ def test_another_image_size(hf_dir, tmp_path):
     assert_equal_trees(ours.params, theirs.params)
 
 
+def test_the_crop_stays_the_same_share_of_the_image(hf_dir, tmp_path):
+    convert(hf_dir, tmp_path / "a")
+    edit_json(tmp_path / "a" / "spec.json", spec=asdict(replace(CLIP_SPEC, resize_size=30)))
+    for size, resized in ((48, 60), (8, 10)):
+        convert(tmp_path / "a", tmp_path / f"{size}", image_size=size)
+        spec = read_spec(tmp_path / f"{size}")
+        assert (spec.vision.image_size, spec.resize_size) == (size, resized)
+        task = Task("uta", spec.vision, spec.mean, spec.std, teacher=read_spec(tmp_path / "a"))
+        assert task.clip == spec
+
+
 def test_the_tokenizer_comes_along(tmp_path):
     spec = replace(CLIP_SPEC, tokenizer="tokenizer.json")
     root = write_model(tmp_path / "hf", "hf_clip")
@@ -101,9 +113,10 @@ def test_the_tokenizer_comes_along(tmp_path):
     convert(tmp_path / "a", tmp_path / "b")
     assert load_clip(tmp_path / "b").tokenizer_file == tmp_path / "b" / "tokenizer.json"
     assert (tmp_path / "b" / "tokenizer.json").read_text() == "{}"
-    edit_json(tmp_path / "a" / "spec.json", spec=asdict(replace(spec, tokenizer="../secret")))
-    with pytest.raises(UserError, match="'../secret' is not a file name"):
-        convert(tmp_path / "a", tmp_path / "c")
+    for name in ("../secret", "weights.safetensors", ".."):  # of ours, it would be written over
+        edit_json(tmp_path / "a" / "spec.json", spec=asdict(replace(spec, tokenizer=name)))
+        with pytest.raises(UserError, match=f"tokenizer='{name}' must be one of: clip, "):
+            convert(tmp_path / "a", tmp_path / "c")
 
 
 def test_memory_is_a_few_tensors(tmp_path, monkeypatch):
@@ -192,6 +205,13 @@ def test_check_prints_where_every_tensor_goes(hf_dir, capsys):
     assert rows["vision_model.embeddings.position_ids"] == "(10,) int64 dropped"
     assert "vision.act = 'quick_gelu'" in lines and "mean = (0.4, 0.5, 0.6)" in lines
     assert files_below(hf_dir) == before
+
+
+def test_check_obeys_every_option(hf_dir, capsys):
+    assert main(["convert", "--check", str(hf_dir), "--image_size=16"]) == 0
+    assert "vision.image_size = 16" in capsys.readouterr().out.splitlines()
+    assert main(["convert", "--check", str(hf_dir), "--sha256=00"]) == 2
+    assert "not the 00 wanted" in capsys.readouterr().err
 
 
 def test_check_of_a_fused_matrix(tmp_path, capsys):

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from interop_models import CLIP_SPEC, UTA_SPEC, assert_equal_trees, random_params, write_model
+from interop_models import (
+    CLIP_SPEC,
+    UTA_SPEC,
+    assert_equal_trees,
+    edit_json,
+    random_params,
+    write_model,
+)
 from safetensors.numpy import load_file, save_file
 
 from uta_jax import UserError
@@ -33,14 +40,24 @@ def shapes_alone(fmt, spec):
         ("eva_clip01", "eva01_g14"),
         ("eva_clip01", "eva01_g14_plus"),
         ("open_clip_eva02", "eva02_l14_336"),
-        ("hf_siglip", "siglip2_b16"),
-        ("hf_dinov2", "dinov2_s14"),
         ("open_clip", "clip_h14_gelu"),
     ],
 )
 def test_weights_alone_tell_format_and_preset(fmt, preset):
-    spec = CLIP[preset] if preset in CLIP else ClipSpec(VIT[preset], None)
+    spec = CLIP[preset]
     assert find.spec_of("x", shapes_alone(fmt, spec)) == (fmt, spec)
+
+
+@pytest.mark.parametrize("fmt", ["hf_dinov2", "timm_vit"])
+def test_a_tower_alone_has_the_pixels_of_its_family(fmt):
+    spec = ClipSpec(VIT["dinov2_s14"], None)
+    _, dinov2 = find.spec_of("x", shapes_alone(fmt, spec))
+    assert dinov2.mean == (0.485, 0.456, 0.406) and dinov2.std == (0.229, 0.224, 0.225)
+    assert dinov2.resize_size == 592 and dinov2.vision == spec.vision
+    tensors = shapes_alone("timm_vit", ClipSpec(CLIP["siglip_b16"].vision, None))
+    _, siglip = find.spec_of("x", tensors, preset="siglip_b16_gelu")
+    assert siglip.mean == siglip.std == (0.5, 0.5, 0.5) and siglip.resize == "squash"
+    assert siglip.text is None and siglip.vision.act == "gelu" and not siglip.logit_bias
 
 
 def test_at_another_resolution():
@@ -48,12 +65,19 @@ def test_at_another_resolution():
     assert find.spec_of("x", shapes_alone("eva_clip02", spec)) == ("eva_clip02", spec)
 
 
-@pytest.mark.parametrize("fmt", ["hf_clip", "open_clip", "open_clip_text"])
-def test_activations_that_shapes_do_not_tell_must_be_chosen(fmt):
-    tensors = shapes_alone(fmt, CLIP["clip_b16"])
-    with pytest.raises(UserError, match="--preset clip_b16 .* or --preset clip_b16_gelu"):
+@pytest.mark.parametrize(
+    ("fmt", "name"),
+    [
+        *((fmt, "clip_b16") for fmt in ("hf_clip", "open_clip", "open_clip_text")),
+        *((fmt, "siglip_b16") for fmt in ("hf_siglip", "open_clip_siglip")),
+        *((fmt, "siglip2_b16") for fmt in ("hf_siglip", "open_clip_siglip")),
+    ],
+)
+def test_activations_that_shapes_do_not_tell_must_be_chosen(fmt, name):
+    tensors = shapes_alone(fmt, CLIP[name])
+    with pytest.raises(UserError, match=f"--preset {name} .* or --preset {name}_gelu"):
         find.spec_of("x", tensors)
-    for preset in ("clip_b16", "clip_b16_gelu"):
+    for preset in (name, f"{name}_gelu"):
         assert find.spec_of("x", tensors, preset=preset) == (fmt, CLIP[preset])
 
 
@@ -113,6 +137,11 @@ def test_a_file_is_read_by_the_configuration_beside_it(tmp_path):
     names = dict.fromkeys(load_file(root / "model.safetensors"), "model.safetensors")
     write_json(root / "model.safetensors.index.json", {"weight_map": names})
     assert read_spec(root / "model.safetensors.index.json") == CLIP_SPEC
+    (root / "model.safetensors").rename(root / "copy.safetensors")
+    assert read_spec(root / "copy.safetensors") == CLIP_SPEC
+    write_json(root / "config.json", {"objective": "uta"})  # no model's: of a run, say
+    with pytest.raises(UserError, match="no known architecture of format 'hf_clip'"):
+        read_spec(root / "copy.safetensors")
 
 
 def test_a_configuration_at_odds_with_what_was_asked(tmp_path):
@@ -146,9 +175,11 @@ def test_activation_of_a_known_family(tmp_path, name, act, trained):
     say_act(tmp_path, trained, name)
     (tmp_path / "model.safetensors").touch()
     assert read_spec(tmp_path).vision.act == trained
-    say_act(tmp_path, act, name)
-    with pytest.raises(UserError, match=f"says '{act}', but {name} was trained with '{trained}'"):
-        read_spec(tmp_path)
+    for towers in (("vision_config", "text_config"), ("text_config",)):
+        say_act(tmp_path, trained, name)
+        edit_json(tmp_path / "config.json", **{x: {"hidden_act": act} for x in towers})
+        with pytest.raises(UserError, match=f"says '{act}', but {name} was trained with"):
+            read_spec(tmp_path)
 
 
 def test_activation_of_a_preset(tmp_path):
@@ -208,8 +239,29 @@ def test_a_cached_repository(no_network, revision):
     as_links(snapshot)
     name = "hf-hub:someone/model" + (f"@{revision}" if revision != "main" else "")
     clip = load_clip(name)
-    assert clip.spec == CLIP_SPEC and clip.provenance["name"] == name
+    assert clip.spec == CLIP_SPEC
+    assert clip.provenance["name"] == f"hf-hub:someone/model@{snapshot.name}"
     assert_equal_trees(clip.params, random_params(CLIP_SPEC))
+
+
+def test_a_partly_cached_repository(no_network, monkeypatch, capsys):
+    """transformers' AutoModel leaves the weights there, and not how images are prepared."""
+    import huggingface_hub
+
+    snapshot = write_model(cached(no_network, "someone/model"), "hf_clip")
+    rest = (snapshot / "preprocessor_config.json").read_text()
+    (snapshot / "preprocessor_config.json").unlink()
+    assert load_clip("hf-hub:someone/model").spec.mean != CLIP_SPEC.mean
+    assert "no preprocessor_config.json there" in capsys.readouterr().err
+
+    def download(repo_id, revision, allow_patterns):
+        assert repo_id == "someone/model" and "*.json" in allow_patterns
+        (snapshot / "preprocessor_config.json").write_text(rest)
+        return snapshot
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_clip("hf-hub:someone/model").spec == CLIP_SPEC
+    assert not capsys.readouterr().err
 
 
 def test_a_cached_open_clip_tag(no_network, monkeypatch):
@@ -272,22 +324,27 @@ def test_the_cache_that_the_environment_names(tmp_path):
     ("path", "message"),
     [
         ("nowhere", "no such file or directory"),
+        ("x" * 300, "no such file or directory"),
         ("empty", "neither spec.json .*, config.json .* nor open_clip_config.json"),
         ("asset:nothing", "no such asset"),
         ("notes.txt", "give a directory or a file ending in"),
         ("other.safetensors", "in no format that is read: the nearest is "),
         ("broken/config.json", "give a directory"),
         ("broken", "not a readable JSON file"),
+        ("deep", "not a readable JSON file"),
+        ("kind", r"format=\[\] must be one of"),
         ("timm", "nearest is 'vit_base_patch16_224'"),
         ("both", "model_type 'bert' is not supported; the nearest is"),
     ],
 )
 def test_wrong_paths(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
-    for folder in ("empty", "broken", "timm", "both"):
+    for folder in ("empty", "broken", "timm", "both", "deep", "kind"):
         Path(folder).mkdir()
     Path("notes.txt").touch()
     Path("broken/config.json").write_text("{")
+    Path("deep/spec.json").write_text("[" * 300_000)
+    write_json(Path("kind/spec.json"), {"format": []})
     write_json(Path("timm/config.json"), {"architecture": "vit_base_patch16_225"})
     write_json(Path("both/config.json"), {"model_type": "bert"})
     save_file({"a": np.ones(2)}, "other.safetensors")

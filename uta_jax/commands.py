@@ -35,21 +35,19 @@ def _convert(args, _):
     from uta_jax.interop.listing import listing
     from uta_jax.interop.teacher import convert
 
-    kind = dict(fmt=args.format or "", preset=args.preset or "")
+    options = dict(
+        fmt=args.format or "",
+        preset=args.preset or "",
+        image_size=args.image_size,
+        digest=args.sha256 or "",
+    )
     if args.check:
-        for line in listing(args.src, **kind):
+        for line in listing(args.src, **options):
             print(line)
         return
     if args.dst is None:
         raise UserError("name the directory to write (or only --check SRC)")
-    found = convert(
-        args.src,
-        args.dst,
-        args.overwrite,
-        **kind,
-        image_size=args.image_size,
-        digest=args.sha256 or "",
-    )
+    found = convert(args.src, args.dst, args.overwrite, **options)
     print(f"{args.src} ({found.provenance['format']}) -> {args.dst}: {found.spec}")
 
 

@@ -291,7 +291,7 @@ def make_task(config: ConfigDict, teacher: ClipSpec | None) -> Task:
         text = presets.CLIP[config.student.preset].text
     if teacher:
         _check_teacher(config, teacher)
-        teacher = replace(teacher, vision=_teacher_spec(config, student, teacher))
+        teacher = presets.with_vision(teacher, _teacher_spec(config, student, teacher))
     keep = masking.keep_count(student.tokens, config.mask.ratio)
     if not keep:
         raise UserError(

@@ -103,7 +103,7 @@ class Meter:
         return values
 
 
-def progress_bar(total: int, done: int) -> tqdm:
-    """Bar over updates with rate and ETA; a line every 20 seconds where there is no terminal."""
+def progress_bar(total: int, done: int, unit: str = "step", desc: str = "train") -> tqdm:
+    """Bar over ``unit``s with rate and ETA; a line every 20 seconds where there is no terminal."""
     interval = 0.2 if sys.stderr.isatty() else 20
-    return tqdm(total=total, initial=done, unit="step", mininterval=interval, desc="train")
+    return tqdm(total=total, initial=done, unit=unit, mininterval=interval, desc=desc)

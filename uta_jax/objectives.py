@@ -7,7 +7,7 @@ compute in.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax import Array
 
 from uta_jax import masking
 from uta_jax.data.transforms import to_input
-from uta_jax.models.presets import ClipSpec, TextSpec, VitSpec
+from uta_jax.models.presets import ClipSpec, TextSpec, VitSpec, with_vision
 from uta_jax.models.text import TextTower, init_text
 from uta_jax.models.vit import Vit, gather_tokens, init_vit
 
@@ -43,7 +43,7 @@ class Task:
     def clip(self) -> ClipSpec:
         """What the student becomes: its vision tower with the text tower it is aligned to."""
         if self.teacher:
-            return replace(self.teacher, vision=self.student)
+            return with_vision(self.teacher, self.student)
         return ClipSpec(self.student, self.text, self.mean, self.std)
 
     def vit(self) -> Vit:

@@ -155,6 +155,19 @@ def test_a_truncated_pickle(tmp_path, refused):
         assert "x.pt: truncated" in refused(path)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_pickle(tmp_path, refused, zipped):
+    torch = pytest.importorskip("torch")
+    path = torch_file(
+        tmp_path / "x.pt", {"a": torch.ones(3)}, _use_new_zipfile_serialization=zipped
+    )
+    data = path.read_bytes()
+    start = data.rindex(b"\x80\x02}") + 2  # the pickle of the state dict, after its protocol
+    for code in (b".", b"R"):  # what takes from an empty stack
+        path.write_bytes(data[:start] + code + data[start + 1 :])
+        assert "no weights file (IndexError: pop from empty list)" in refused(path)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_program(tmp_path, refused):
     """OpenAI's own files are TorchScript."""
@@ -311,9 +324,19 @@ def test_an_existing_directory(hf_dir, tmp_path, capsys):
 
 def test_a_file_in_the_way(hf_dir, tmp_path, capsys):
     (tmp_path / "file").touch()
-    for dst, message in (("file", "is a file"), ("file/dst", "cannot be written")):
+    (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
+    for dst, message in (
+        ("file", "is a file"),
+        ("file/dst", "cannot be written"),
+        ("dead", "is a file or a dead link"),
+        ("x" * 300, "cannot be written"),
+        ("a\0b", "cannot be written"),
+        ("/proc/dst", "nothing written"),
+    ):
         assert main(["convert", str(hf_dir), str(tmp_path / dst)]) == 2
-        assert message in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert message in told and told.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dead", "file", "hf"]
 
 
 @pytest.mark.parametrize("left", [100, 5000, 60_000])

@@ -73,16 +73,12 @@ def test_clip_and_dinov2(kind, size, resized):
     theirs = processor(
         kind, size={"shortest_edge": resized}, crop_size={"height": size, "width": size}
     )
-    compared = 0
     for width, height in SIZES:
         data, short = encoded(width, height), min(width, height)
-        margins = {int(resized * side / short) - size for side in (width, height)}
-        if any(margin % 4 == 3 for margin in margins):
-            continue
-        compared += 1
-        ours = eval_transform(data, size, resize_size=resized)
-        assert np.array_equal(ours, transformers_pixels(theirs, data)), (width, height)
-    assert compared >= 4
+        margins = [int(resized * side / short) - size for side in (height, width)]
+        y, x = (int(margin % 4 == 3) for margin in margins)
+        ours = eval_transform(data, size, resize_size=resized)[: size - y, : size - x]
+        assert np.array_equal(ours, transformers_pixels(theirs, data)[y:, x:]), (width, height)
 
 
 def test_what_is_resized_larger_loses_its_rim():

@@ -8,7 +8,10 @@ import hf_models
 import numpy as np
 import pytest
 
+from uta_jax import UserError
 from uta_jax.interop.export import export, hf_features
+from uta_jax.interop.files import read_json, write_json
+from uta_jax.interop.hf_config import hf_spec
 from uta_jax.interop.teacher import convert, load_clip, resample_positions
 
 torch, transformers = hf_models.torch, hf_models.transformers
@@ -154,6 +157,21 @@ def test_exported_preprocessor_is_theirs(tiny, tmp_path):
     assert processor.crop_size["height"] == 48 and processor.size["shortest_edge"] == 48
     assert tuple(processor.image_mean) == clip.spec.mean
     assert tuple(processor.image_std) == clip.spec.std
+
+
+def test_a_vocabulary_of_its_own_is_refused(tiny, tmp_path):
+    """Its texts would be read as CLIP's byte pairs. A vocabulary that is no number, too."""
+    for file in tiny[1].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    hf_spec(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "vocab.json", {})
+    with pytest.raises(UserError, match="vocab.json: a tokenizer of .* is not supported"):
+        hf_spec(tmp_path)
+    config["text_config"]["vocab_size"] = "1000"
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(UserError, match="vocab='1000' is not of type int"):
+        hf_spec(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

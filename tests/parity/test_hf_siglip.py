@@ -138,6 +138,8 @@ def test_tolerance_would_notice(tiny, change):
     ("file", "changes", "message"),
     [
         ("config.json", {"vision_config": {"vision_use_head": False}}, "vision_use_head must be"),
+        ("config.json", {"vision_config": {"image_size": [32, []]}}, "is not square"),
+        ("config.json", {"model_type": []}, "model_type .. is not supported"),
         ("config.json", {"model_type": "siglip2"}, "nearest is 'siglip'"),
         ("config.json", {"text_config": {"hidden_act": "relu"}}, "act 'relu' is not supported"),
         ("preprocessor_config.json", {"size": {"height": 9, "width": 8}}, "is not square"),

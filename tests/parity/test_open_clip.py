@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from torch_models import (
     FULL_DEPTH,
+    TOLERANCE,
     activation,
     assert_image_features,
     assert_preprocessing,
@@ -24,6 +25,7 @@ from torch_models import (
 )
 
 from uta_jax import UserError
+from uta_jax.interop import translate
 from uta_jax.interop.open_clip_config import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_WEIGHTS,
@@ -83,10 +85,19 @@ CASES = {
 }  # fmt: skip
 
 
+def loud(spec):
+    """Parameters whose MLPs say so much that the two GELUs differ by more than the tolerance."""
+    flat = translate.flatten(random_params(spec))
+    factors = {"mlp/up/kernel": 2, "mlp/down/kernel": 30}
+    for path in flat:
+        flat[path] = flat[path] * np.float32(factors.get("/".join(path.split("/")[-3:]), 1))
+    return translate.unflatten(flat)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_matrix(name, tmp_path):
     fmt, spec = CASES[name]
-    params = random_params(spec)
+    params = loud(spec) if name == "odd" else random_params(spec)
     write(tmp_path, fmt, spec, params, open_clip_configs(fmt, spec), OPEN_CLIP_WEIGHTS)
     assert open_clip_spec(tmp_path / "open_clip_config.json") == (fmt, spec)
     with no_draws():
@@ -113,6 +124,20 @@ def test_tolerance_would_notice(tower, change):
         "text": (texts_of(spec.text), our_text_features),
     }[tower]
     assert np.max(np.abs(features(spec, params, inputs) - features(wrong, params, inputs))) > 2e-4
+
+
+def test_tolerance_tells_the_gelus_apart():
+    """With the parameters that the matrix compares the odd case with."""
+    _, spec = CASES["odd"]
+    params = loud(spec)
+    vision = replace(spec, vision=replace(spec.vision, act="gelu"))
+    text = replace(spec, text=replace(spec.text, act="gelu_tanh"))
+    for inputs, features, wrong in (
+        (images_of(48), our_image_features, vision),
+        (texts_of(spec.text), our_text_features, text),
+    ):
+        difference = features(spec, params, inputs) - features(wrong, params, inputs)
+        assert np.max(np.abs(difference)) > TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -144,6 +169,7 @@ def test_siglip_configs_name_their_tokenizer():
     assert (fmt, spec.tokenizer, spec.logit_bias) == ("open_clip_siglip", "tokenizer.json", True)
     text = open_clip_configs(fmt, spec)["open_clip_config.json"]["model_cfg"]["text_cfg"]
     assert text == library_config("ViT-B-16-SigLIP2")["text_cfg"]
+    assert (spec.cleaning, text["tokenizer_kwargs"]) == ("open_clip", {"clean": "canonicalize"})
 
 
 @pytest.mark.parametrize(
@@ -164,6 +190,9 @@ def test_siglip_configs_name_their_tokenizer():
             {"pool_type": "eos"},
             "pool_type='eos' is not supported (it must be one of: argmax, last)",
         ),
+        ("text_cfg", {"hf_tokenizer_name": "a/b"}, "tokenizer_kwargs.clean='whitespace' is not"),
+        ("text_cfg", {"tokenizer_kwargs": {"clean": "canonicalize"}}, "must be one of: lower)"),
+        ("text_cfg", {"tokenizer_kwargs": {"strip_sep_token": True}}, "only clean is"),
         ("text_cfg", {"norm_kwargs": {"bias": False}}, "only eps is"),
         (None, {"multimodal_cfg": {}}, "CoCa is not supported"),
         (None, {"embed_dim": None}, "embed_dim=None must be a positive number"),

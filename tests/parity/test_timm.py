@@ -191,6 +191,8 @@ def test_unknown_names_get_the_nearest():
         ("vit_base_patch16_224", {"reg_tokens": 4}, "reg_tokens=4 is not supported"),
         ("vit_base_patch16_224", {"qkv_bias": False}, "qkv_bias=False is not supported"),
         ("vit_base_patch16_224", {"img_size": [224, 196]}, "image_size=[224, 196] is not square"),
+        ("vit_base_patch16_224", {"img_size": [224, []]}, "is not square"),
+        ("vit_base_patch16_224", {"patch_size": 0}, "must be a number of pixels"),
         ("vit_base_patch16_224", {"colour": 1}, "['colour'] are not supported"),
         ("eva02_base_patch16_clip_224", {"qkv_fused": True}, "qkv_fused=True with swiglu_mlp"),
         ("eva02_base_patch16_clip_224", {"use_post_norm": True}, "use_post_norm=True is not"),

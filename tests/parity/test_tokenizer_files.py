@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from test_tokenizer import STRINGS
 
 from uta_jax import UserError
 from uta_jax.data.tokenizer import FileTokenizer, Tokenizer, open_tokenizer
-from uta_jax.interop.files import write_json
+from uta_jax.interop.files import read_json, write_json
 from uta_jax.interop.hf_config import hf_configs
+from uta_jax.interop.hf_processor import cleaning, tokenizer_config
+from uta_jax.interop.open_clip_config import model_spec, open_clip_configs
 from uta_jax.models.presets import CLIP
 
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -145,13 +148,20 @@ def t5(siglip, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["t5", "gemma"])
-def test_open_clip(kind, request):
-    from open_clip.tokenizer import HFTokenizer
+def test_open_clip(kind, request, tmp_path):
+    """From open_clip's own configuration, and in the files that we write of it."""
+    import open_clip
 
-    path = request.getfixturevalue(kind)
-    options = dict(padding_side="right", pad_token="<pad>") if kind == "gemma" else {}
-    theirs = HFTokenizer(str(path.parent), clean="canonicalize", **options)
-    ours = FileTokenizer(path, CONTEXT, "open_clip")
+    path, name = request.getfixturevalue(kind), {"t5": "SigLIP", "gemma": "SigLIP2"}[kind]
+    config = read_json(Path(open_clip.__file__).parent / f"model_configs/ViT-B-16-{name}.json")
+    fmt, spec = model_spec(config, None, name)
+    spec = replace(spec, text=replace(spec.text, context=CONTEXT))
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+    files = {"tokenizer_config.json": tokenizer_config(spec, path)}
+    for file, values in (files | open_clip_configs(fmt, spec)).items():
+        write_json(tmp_path / file, values)
+    theirs = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
+    ours = open_tokenizer(spec.tokenizer, tmp_path, CONTEXT, spec.cleaning)
     found, wanted = ours(TEXTS), theirs(TEXTS, context_length=CONTEXT).numpy()
     different = [t for t, a, b in zip(TEXTS, found, wanted, strict=True) if (a != b).any()]
     assert different == []
@@ -169,6 +179,21 @@ def test_exported_configuration(kind, request, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.model_max_length == CONTEXT
     assert_equal(FileTokenizer(path, CONTEXT), theirs)
+
+
+def test_a_class_tells_how_texts_are_cleaned(tmp_path):
+    for values, told in (
+        ({}, ""),
+        ({"tokenizer_class": "SiglipTokenizer"}, "siglip"),
+        ({"tokenizer_class": "Siglip2Tokenizer"}, ""),  # as the file itself
+        ({"tokenizer_class": ["x"], "cleaning": "open_clip"}, "open_clip"),
+    ):
+        write_json(tmp_path / "tokenizer_config.json", values)
+        assert cleaning(tmp_path) == told
+    for wrong in ("none", [], None):
+        write_json(tmp_path / "tokenizer_config.json", {"cleaning": wrong})
+        with pytest.raises(UserError, match="cleaning=.* is not supported"):
+            cleaning(tmp_path)
 
 
 def test_clip_is_built_in():

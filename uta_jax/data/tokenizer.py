@@ -12,6 +12,7 @@ from uta_jax import UserError
 
 START, END = 49406, 49407  # <start_of_text>, <end_of_text> in the vocabulary of CLIP
 CLIP_NAME = "clip"  # the tokenizer that is built in
+CLIP_VOCAB = END + 1
 
 
 class Tokenizer:
@@ -79,8 +80,8 @@ def _clean_lower(text: str) -> str:
 
 CLEANING: dict[str, Callable[[str], str]] = {
     "siglip": _clean_siglip,
-    "open_clip": _clean_open_clip,
     "lower": _clean_lower,
+    "open_clip": _clean_open_clip,
 }
 
 
@@ -110,13 +111,16 @@ class FileTokenizer:
         self.pad_token = "<pad>" if gemma and "<pad>" in ids else self.end_token
         self._end, self._pad = ids[self.end_token], ids[self.pad_token]
         by_file = "lower" if gemma else "open_clip" if is_json else "siglip"
-        self._clean = CLEANING[cleaning or by_file]
+        self.cleaning = cleaning or by_file
+        if self.cleaning not in CLEANING:
+            raise UserError(f"{path}: cleaning={cleaning!r} must be one of: {', '.join(CLEANING)}")
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """ids_bl int32; of a text that is too long, the first tokens and the end token."""
         ids_bl = np.full((len(texts), self.context), self._pad, np.int32)
+        clean_text = CLEANING[self.cleaning]
         for row, text in zip(ids_bl, texts, strict=True):
-            ids = [*self._encode(self._clean(text))[: self.context - 1], self._end]
+            ids = [*self._encode(clean_text(text))[: self.context - 1], self._end]
             row[: len(ids)] = ids
         return ids_bl
 

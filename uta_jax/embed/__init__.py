@@ -12,21 +12,19 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from uta_jax import UserError
 from uta_jax import mesh as meshes
 from uta_jax.checkpoint import load_run
-from uta_jax.data.tokenizer import open_tokenizer
-from uta_jax.data.transforms import to_input
+from uta_jax.data.tokenizer import CLIP_NAME, open_tokenizer
 from uta_jax.embed import inputs
+from uta_jax.interop.files import read_json
 from uta_jax.interop.teacher import load_clip
 from uta_jax.metrics import progress_bar
+from uta_jax.models.encode import check_ids, encode_images, encode_texts
 from uta_jax.models.presets import ClipSpec, TextSpec
-from uta_jax.models.text import TextTower
-from uta_jax.models.vit import Vit
 
 DTYPES = ("float32", "bfloat16")
 
@@ -78,8 +76,7 @@ def embed(
     if texts and spec.text is None:
         raise UserError(f"--texts: {model} has no text tower; leave --texts out")
     if texts:
-        folder = tokenizer_file and tokenizer_file.parent
-        tokenizer = open_tokenizer(spec.tokenizer, folder, spec.text.context)
+        tokenizer = _tokenizer(spec, tokenizer_file, model)
     run = _Runner(batch_size, dtype)
     with _whole_npz(out, overwrite) as archive:
         shapes = {}
@@ -103,8 +100,22 @@ def open_model(path: str | Path, preset: str = "") -> tuple[ClipSpec, dict, Path
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a run trained in ``path``: checkpoints lie beside its configuration."""
-    return (Path(path) / "checkpoints").is_dir()
+    """Whether a run trained in ``path``: checkpoints beside a configuration that is a recipe."""
+    config = Path(path) / "config.json"  # a model of other libraries has one, too
+    saved = (Path(path) / "checkpoints").is_dir() and config.is_file()
+    return saved and "student" in read_json(config)
+
+
+def _tokenizer(
+    spec: ClipSpec, file: Path | None, model: str | Path
+) -> Callable[[list[str]], np.ndarray]:
+    if spec.tokenizer != CLIP_NAME and file is None:
+        raise UserError(
+            f"--texts: {model} lacks its tokenizer {spec.tokenizer!r}: put that file beside the "
+            "weights"
+        )
+    folder = file and file.parent
+    return open_tokenizer(spec.tokenizer, folder, spec.text.context, spec.cleaning)
 
 
 def _check_request(out, images, texts, tokens, keep, batch_size, dtype, overwrite) -> None:
@@ -122,49 +133,19 @@ def _check_request(out, images, texts, tokens, keep, batch_size, dtype, overwrit
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
+    try:
+        out.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"--out={out}: cannot be written ({error})") from None
     if out.is_dir():
         raise UserError(f"--out={out}: is a directory; give a file")
-    if out.exists() and not overwrite:
+    if not overwrite:
         raise UserError(f"--out={out}: already exists; remove it or ask for --overwrite")
 
 
 # The network
-
-
-@partial(jax.jit, static_argnames=("spec", "dtype", "tokens"))
-def encode_images(
-    params: dict,
-    image_bhwc: Array,
-    keep_bk: Array | None = None,
-    *,
-    spec: ClipSpec,
-    dtype: str = "float32",
-    tokens: bool = False,
-) -> Array:
-    """Features fp32 [b, e], or with ``tokens`` all projected ones [b, 1 + k, e], CLS first.
-
-    ``params``: the vision tower's. ``image_bhwc``: uint8 pixels, or floats normalised already.
-    """
-    if image_bhwc.dtype == jnp.uint8:
-        image_bhwc = to_input(image_bhwc, spec.mean, spec.std, spec.vision.image_size)
-    method = "__call__" if tokens else "features"
-    with _precision(dtype):
-        vit = Vit(spec.vision, jnp.dtype(dtype))
-        found = vit.apply({"params": params}, image_bhwc, keep_bk, method=method)
-    return found.astype(jnp.float32)
-
-
-@partial(jax.jit, static_argnames=("spec", "dtype"))
-def encode_texts(params: dict, ids_bl: Array, *, spec: TextSpec, dtype: str = "float32") -> Array:
-    """Text features fp32 [b, e], not normalised. ``params``: the text tower's."""
-    with _precision(dtype):
-        features = TextTower(spec, jnp.dtype(dtype)).apply({"params": params}, ids_bl)
-    return features.astype(jnp.float32)
-
-
-def _precision(dtype: str):
-    """float32 means it: accelerators otherwise multiply in fewer bits."""
-    return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 
 
 class _Runner:
@@ -184,9 +165,7 @@ class _Runner:
         """Yield ``encode(params, *batch)`` of every batch, as NumPy, without the filling."""
         params = jax.device_put(params, meshes.replicated(self.mesh))
         size, waiting = self.batch_size(total), None
-        with progress_bar(total, 0) as bar:
-            bar.set_description(f"{unit}s", refresh=False)
-            bar.unit = unit
+        with progress_bar(total, 0, unit=unit, desc="embed") as bar:
             for batch in batches:
                 # Dispatched before the previous one is fetched: the devices work meanwhile.
                 found, count = encode(params, *self._placed(batch, size)), len(batch[0])
@@ -243,7 +222,8 @@ def _noted(tokens: Iterable[np.ndarray], features: list) -> Iterator[np.ndarray]
 
 def _embed_texts(archive, run: _Runner, lines, tokenizer, spec: TextSpec, params) -> dict:
     size = run.batch_size(len(lines))
-    batches = ((tokenizer(lines[i : i + size]),) for i in range(0, len(lines), size))
+    starts = range(0, len(lines), size)
+    batches = ((check_ids(tokenizer(lines[i : i + size]), spec),) for i in starts)
     encode = partial(encode_texts, spec=spec, dtype=run.dtype)
     found = run(encode, params, len(lines), batches, "text")
     return _write_arrays(archive, {"text_features": np.concatenate(list(found))})
@@ -257,7 +237,7 @@ def _whole_npz(out: Path, overwrite: bool) -> Iterator[zipfile.ZipFile]:
     """A new archive that becomes ``out`` at the end, or leaves no trace."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as near:
+        with tempfile.TemporaryDirectory(prefix=".embed.", dir=out.parent) as near:
             work = Path(near) / "new.npz"
             with zipfile.ZipFile(work, "w") as archive:
                 yield archive

@@ -33,7 +33,7 @@ def load_npy(path: Path) -> np.ndarray:
         array = np.load(path, allow_pickle=False, mmap_mode="r")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # whatever a header that is no header ends in
         raise UserError(f"{path}: not a readable .npy file ({error})") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path}: holds several arrays; give an .npy of one")

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +11,16 @@ import jax
 import numpy as np
 
 from uta_jax import UserError
+from uta_jax.data.tokenizer import CLEANING, CLIP_NAME, CLIP_VOCAB, open_tokenizer
 from uta_jax.interop import keymaps, libraries, translate
 from uta_jax.interop.files import whole_dir, write_json, write_safetensors
 from uta_jax.interop.hf_config import hf_configs, hf_spec
-from uta_jax.interop.hf_processor import tokenizer_config
+from uta_jax.interop.hf_processor import tokenizer_class, tokenizer_config
 from uta_jax.interop.open_clip_config import open_clip_configs
 from uta_jax.interop.teacher import load_clip, write_recorded
 from uta_jax.interop.timm_config import timm_configs, timm_model
-from uta_jax.models.presets import ClipSpec, TextSpec, VitSpec
-from uta_jax.models.text import TextTower
-from uta_jax.models.vit import Vit
+from uta_jax.models.encode import encode_images, encode_texts
+from uta_jax.models.presets import ClipSpec
 
 Configs = dict[str, dict]  # file name -> contents
 
@@ -155,10 +154,11 @@ def export(
         here = Place(dtype, tokenizer_file, f"local-dir:{work}")
         _write_configs(work, target.configs(layout, spec, here))
         reread = _reread(work, params, spec)
-        difference = probe.difference(fmt, work) if probe else None
-        by = absent or libraries.library(fmt)
-        done = Exported(layout, reread, difference, LIMITS[dtype], by)
+        encoders = libraries.load(fmt, work) if probe else None
+        difference = probe.difference(encoders) if probe else None
+        done = Exported(layout, reread, difference, LIMITS[dtype], absent or libraries.library(fmt))
         _check_difference(fmt, done)
+        card = {**card, **_check_tokens(fmt, spec, tokenizer_file, encoders)}
         there = here._replace(home=home or f"local-dir:{Path(out_dir).resolve()}")
         files = target.configs(layout, spec, there)
         _write_configs(work, files)
@@ -237,7 +237,7 @@ def _fitted(fmt: str, spec: ClipSpec, params: Mapping) -> tuple[str, ClipSpec, M
 def _reread(work: Path, params: Mapping, spec: ClipSpec) -> float:
     """Load what was written as any other checkpoint: the same model must come back."""
     again = load_clip(work)
-    if replace(again.spec, tokenizer=spec.tokenizer) != spec:
+    if replace(again.spec, tokenizer=spec.tokenizer, cleaning=spec.cleaning) != spec:
         raise OSError(f"came back as another architecture: {again.spec}")
     flat = translate.flatten(again.params)
     difference = max(
@@ -249,16 +249,6 @@ def _reread(work: Path, params: Mapping, spec: ClipSpec) -> float:
     return difference
 
 
-@partial(jax.jit, static_argnums=2)
-def _images(params: Mapping, image_bhwc: jax.Array, spec: VitSpec) -> jax.Array:
-    return Vit(spec).apply({"params": params}, image_bhwc, method="features")
-
-
-@partial(jax.jit, static_argnums=2)
-def _texts(params: Mapping, ids_bl: jax.Array, spec: TextSpec) -> jax.Array:
-    return TextTower(spec).apply({"params": params}, ids_bl)
-
-
 class _Probe:
     """Fixed images and texts, and what the model to be exported makes of them."""
 
@@ -267,14 +257,13 @@ class _Probe:
         self.image_bhwc = rng.normal(size=(3, side, side, 3)).astype(np.float32)
         self.image_bhwc[2] = 0.3 + 1e-3 * self.image_bhwc[2]  # where a careless variance is zero
         self.ids_bl = None if spec.text is None else _ids(spec, rng)
-        with jax.default_matmul_precision("highest"):
-            self.ours = [np.asarray(_images(params["vision"], self.image_bhwc, spec.vision))]
-            if spec.text is not None:
-                self.ours.append(np.asarray(_texts(params["text"], self.ids_bl, spec.text)))
+        self.ours = [np.asarray(encode_images(params["vision"], self.image_bhwc, spec=spec))]
+        if spec.text is not None:
+            features = encode_texts(params["text"], self.ids_bl, spec=spec.text)
+            self.ours.append(np.asarray(features))
 
-    def difference(self, fmt: str, folder: Path) -> float:
+    def difference(self, encoders: libraries.Encoders) -> float:
         """Largest absolute difference of the library's normalised features from ours."""
-        encoders = libraries.load(fmt, folder)
         theirs = [libraries.run(encoders.image, self.image_bhwc.transpose(0, 3, 1, 2))]
         if self.ids_bl is not None:
             theirs.append(libraries.run(encoders.text, self.ids_bl))
@@ -291,6 +280,36 @@ def _ids(spec: ClipSpec, rng: np.random.Generator) -> np.ndarray:
         for row, end in zip(ids_bl, (1, context // 2, context - 1), strict=True):
             row[end], row[end + 1 :] = vocab - 1, 0
     return ids_bl
+
+
+# Case, punctuation, an underscore: where tokenizers clean differently; and one to be cut.
+TEXTS = ("A cat.", "Two dogs, 12 o'clock (really)!", "under_score: 'x' & y", "a cat, a dog " * 99)
+
+
+def _has_tokenizer(fmt: str, spec: ClipSpec, file: Path | None) -> bool:
+    """Whether the library finds a tokenizer with the export."""
+    if spec.text is None or libraries.missing("hf" if file else fmt):  # files: by transformers
+        return False
+    if spec.tokenizer == CLIP_NAME:  # built into open_clip; transformers wants files
+        return fmt == "open_clip" and spec.text.vocab == CLIP_VOCAB
+    return file is not None
+
+
+def _check_tokens(fmt: str, spec: ClipSpec, file: Path | None, encoders) -> dict[str, str]:
+    """For the card; UserError where the library reads ``TEXTS`` as other tokens than ours."""
+    if encoders is None or not _has_tokenizer(fmt, spec, file):
+        return {}
+    texts, folder = list(TEXTS), file and file.parent
+    ours = open_tokenizer(spec.tokenizer, folder, spec.text.context, spec.cleaning)
+    left = tokenizer_class(spec, file)[1] if fmt == "hf" else ""
+    cleaned = [CLEANING[left](text) for text in texts] if left else texts
+    if not np.array_equal(ours(texts), encoders.tokens(cleaned)):
+        raise UserError(
+            f"format={fmt!r}: {libraries.library(fmt)} reads texts as other tokens than ours by "
+            f"{spec.tokenizer!r}: nothing written"
+        )
+    before = f", if they are cleaned before ({left!r} of uta_jax/data/tokenizer.py)" if left else ""
+    return {"texts in the library": f"the same tokens{before}"}
 
 
 def _unit(x_be: np.ndarray) -> np.ndarray:
@@ -310,11 +329,16 @@ def model_card(name: str, fmt: str, spec: ClipSpec, card: Mapping[str, Any], don
         "image": f"{size} px; {resize} resized to {spec.resize_size or size} px "
         f"({spec.interpolation}), central crop",
         "mean, std": f"{spec.mean}, {spec.std}",
-        "text": _reads(spec),
+        "text": _reads(fmt, spec),
         "layout": keymaps.FORMATS[done.layout].title,
         "difference after writing": f"{done.reread:g}",
         "features in the library": str(done),
     }
+    if fmt == "hf" and spec.resize == "shortest":
+        expects["crop"] = (
+            "transformers begins it a pixel earlier than was evaluated, where a resized side is "
+            "4k + 3 pixels longer than the crop"
+        )
     licence = card.get("licence", "")
     stated = {"licence": licence or "not stated: that of what it was made from applies"}
     lines = {**card, **stated, **expects}.items()
@@ -325,10 +349,12 @@ def model_card(name: str, fmt: str, spec: ClipSpec, card: Mapping[str, Any], don
     return "\n".join([*lines, "", "```python", _usage(fmt, done.layout, spec), "```", ""])
 
 
-def _reads(spec: ClipSpec) -> str:
+def _reads(fmt: str, spec: ClipSpec) -> str:
     if spec.text is None:
         return "none"
-    kind = "CLIP byte pairs" if spec.tokenizer == "clip" else spec.tokenizer
+    kind = "CLIP byte pairs" if spec.tokenizer == CLIP_NAME else spec.tokenizer
+    if (fmt, spec.tokenizer) == ("hf", CLIP_NAME):
+        kind += " (the tokenizer of openai/clip-vit-base-patch32: none lies here)"
     return f"{kind}, {spec.text.context} tokens"
 
 

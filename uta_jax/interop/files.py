@@ -204,7 +204,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError where it is missing or not one."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold one JSON object")
@@ -313,10 +313,14 @@ def check_free(directory: Path, overwrite: bool) -> None:
 
     ``overwrite`` allows to replace an earlier export or conversion, never a run or another folder.
     """
-    if not directory.exists():
+    try:
+        directory.lstat()
+    except FileNotFoundError:
         return
+    except (OSError, ValueError) as error:  # of a name that is too long, or holds a NUL, say
+        raise UserError(f"{str(directory)!r}: cannot be written ({error})") from None
     if not directory.is_dir():
-        raise UserError(f"{directory}: is a file; give a directory")
+        raise UserError(f"{directory}: is a file or a dead link; give a directory")
     if not overwrite:
         raise UserError(f"{directory}: already exists; remove it or ask for overwrite")
     strangers = [p.name for p in directory.iterdir() if p.name not in WRITTEN or not p.is_file()]
@@ -333,21 +337,18 @@ def whole_dir(directory: Path, overwrite: bool = False) -> Iterator[Path]:
     check_free(directory, overwrite)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error})") from None
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as near:
-        work, old = Path(near) / "new", Path(near) / "old"
-        work.mkdir()
-        try:
+        with tempfile.TemporaryDirectory(prefix=".new.", dir=directory.parent) as near:
+            work, old = Path(near) / "new", Path(near) / "old"
+            work.mkdir()
             yield work
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{directory}: nothing written ({error})") from error
-        check_free(directory, overwrite)  # again: writing takes a while
-        try:
-            if directory.exists():
-                directory.rename(old)
-            work.rename(directory)
-        except BaseException:
-            if old.exists():
-                old.rename(directory)
-            raise
+            check_free(directory, overwrite)  # again: writing takes a while
+            try:
+                if directory.exists():
+                    directory.rename(old)
+                work.rename(directory)
+            except BaseException:
+                if old.exists():
+                    old.rename(directory)
+                raise
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory}: nothing written ({error})") from error

@@ -16,11 +16,12 @@ from uta_jax import UserError
 from uta_jax.interop import hub, translate
 from uta_jax.interop.files import TORCH_FILES, Tensor, open_weights, read_json
 from uta_jax.interop.hf_config import HF_FORMATS, hf_format, hf_spec
+from uta_jax.interop.hf_processor import TOKENIZER_FILES
 from uta_jax.interop.keymaps import FORMATS
 from uta_jax.interop.open_clip_config import OPEN_CLIP_CONFIG, model_spec, open_clip_spec
 from uta_jax.interop.specs import spec_from_json
 from uta_jax.interop.timm_config import timm_spec
-from uta_jax.models.presets import CLIP, VIT, ClipSpec, VitSpec, resized
+from uta_jax.models.presets import CLIP, VIT, ClipSpec, VitSpec, resized, tower_alone, with_vision
 
 SPEC_FILE = "spec.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -30,11 +31,8 @@ PLAIN_FILES = ("model.safetensors", "pytorch_model.bin")
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # Every specification that weights without a configuration can have; towers alone among them.
 PRESETS: dict[str, tuple[ClipSpec, ...]] = {
-    name: tuple(
-        spec for spec in (CLIP.get(name), ClipSpec(VIT[name], None)) if spec is not None
-    )
-    for name in VIT
-}  # fmt: skip
+    name: ((CLIP[name],) if name in CLIP else ()) + (tower_alone(name),) for name in VIT
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,10 @@ def _find(path: str, fmt: str) -> Found:
     if path.startswith("hf-hub:"):
         return _find_directory(hub.snapshot(path), path, fmt)
     root = _asset(path) if path.startswith("asset:") else Path(path)
-    if not root.exists():
-        raise UserError(f"{path}: no such file or directory")
+    try:
+        root.stat()
+    except (OSError, ValueError) as error:  # of a name that is too long, or holds a NUL, say
+        raise UserError(f"{path!r}: no such file or directory ({error})") from None
     return _find_file(root) if root.is_file() else _find_directory(root, path, fmt)
 
 
@@ -125,7 +125,7 @@ def _configured(root: Path) -> list[tuple[tuple[Path, ...], Any]]:
     values = read_json(config) if config.is_file() else None
     named = (root / OPEN_CLIP_CONFIG).is_file()
     if values is not None and "architecture" not in values:
-        if values.get("model_type") in HF_FORMATS or not named:
+        if str(values.get("model_type")) in HF_FORMATS or not named:
             options.append((_weights(root, PLAIN_FILES), hugging_face))
     if named:
         spec = (_weights(root, OPEN_CLIP_FILES), lambda: open_clip_spec(root / OPEN_CLIP_CONFIG))
@@ -154,7 +154,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 def _plain(name: Any, where: Path) -> str:
     """A file name out of a JSON file: it may not lead out of the directory."""
-    if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
         raise UserError(f"{where}: {name!r} is not a file name")
     return name
 
@@ -162,15 +162,25 @@ def _plain(name: Any, where: Path) -> str:
 def _from_record(record: Path, weights: tuple[Path, ...] = ()) -> Found:
     values = read_json(record)
     fmt = values.get("format")
-    if fmt not in FORMATS:
+    if not isinstance(fmt, str) or fmt not in FORMATS:
         raise UserError(f"{record}: format={fmt!r} must be one of: {', '.join(FORMATS)}")
     name = values.get("weights", WEIGHTS_FILE)
     weights = weights or (record.parent / _plain(name, record),)
     spec = spec_from_json(values.get("spec"), str(record))
-    _plain(spec.tokenizer, record)
-    source, digest = values.get("source"), values.get("sha256", "")
-    source = source if isinstance(source, dict) else None
-    return Found(str(record.parent), weights, fmt, spec, str(digest), source)
+    if spec.tokenizer not in (known := ("clip", *TOKENIZER_FILES)):
+        raise UserError(
+            f"{record}: tokenizer={spec.tokenizer!r} must be one of: {', '.join(known)}"
+        )
+    digest = values.get("sha256") or ""
+    return Found(str(record.parent), weights, fmt, spec, str(digest), _provenance(values))
+
+
+def _provenance(record: Mapping[str, Any]) -> dict[str, str] | None:
+    """Where converted weights once came from, if the record says all of it."""
+    source = record.get("source")
+    names = ("name", "format", "sha256")
+    whole = isinstance(source, dict) and all(isinstance(source.get(x), str) for x in names)
+    return {name: source[name] for name in names} if whole else None
 
 
 def _find_file(path: Path) -> Found:
@@ -183,11 +193,21 @@ def _find_file(path: Path) -> Found:
     for record in (path.with_suffix(".json"), path.parent / SPEC_FILE):
         if record.is_file() and record != path:
             return _from_record(record, files)
-    for weights, read in _configured(path.parent):
-        if files == weights:
-            fmt, spec = read()
-            return Found(str(path), weights, fmt, spec)
-    return Found(str(path), files)
+    options = _configured(path.parent)
+    beside = [read for weights, read in options if weights == files]
+    if not beside and len(options) == 1 and _is_models(path.parent):
+        beside = [options[0][1]]  # a copy under another name
+    if not beside:
+        return Found(str(path), files)
+    fmt, spec = beside[0]()
+    return Found(str(path), files, fmt, spec)
+
+
+def _is_models(root: Path) -> bool:
+    """Whether the configuration in a directory is a model's: runs have a config.json, too."""
+    config = root / "config.json"
+    values = read_json(config) if config.is_file() else {"architecture": ""}
+    return "architecture" in values or str(values.get("model_type")) in HF_FORMATS
 
 
 # Whose weights are which
@@ -201,12 +221,10 @@ def _check_family(path: str, root: Path, spec: ClipSpec) -> None:
     config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
     for name in (path.removeprefix("hf-hub:"), str(config.get("_name_or_path", ""))):
         for family, act in FAMILIES.items():
-            if name.startswith(family) and act not in (
-                spec.vision.act,
-                getattr(spec.text, "act", act),
-            ):
+            others = {tower.act for tower in (spec.vision, spec.text) if tower} - {act}
+            if name.startswith(family) and others:
                 raise UserError(
-                    f"{path}: its configuration says {spec.vision.act!r}, but {name} was trained "
+                    f"{path}: its configuration says {min(others)!r}, but {name} was trained "
                     f"with {act!r}: correct the activation in its configuration file"
                 )
 
@@ -315,7 +333,7 @@ def _fitting(fmt: str, presets: tuple[ClipSpec, ...], tensors: Mapping[str, Tens
         grid = isqrt(max(0, positions - vision.cls))
         if (vision.width, vision.patch_size, vision.depth) != (width, patch, depth) or not grid:
             continue
-        spec = replace(spec, vision=resized(vision, grid * patch))
+        spec = with_vision(spec, resized(vision, grid * patch))
         if translate.misfits(fmt, spec):
             continue
         extras = translate.dropped(fmt, spec, tensors)

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from uta_jax import UserError
+from uta_jax.data.tokenizer import CLIP_VOCAB
 from uta_jax.interop.files import read_json
 from uta_jax.interop.hf_processor import (
+    TOKENIZER_FILES,
+    cleaning,
     processor_config,
     read_processor,
     side,
@@ -67,7 +70,7 @@ def hf_spec(root: Path) -> ClipSpec:
     where = root / "config.json"
     config = read_json(where)
     kind = config.get("model_type")
-    if kind not in HF_FORMATS:
+    if not isinstance(kind, str) or kind not in HF_FORMATS:
         nearest = (get_close_matches(str(kind), HF_FORMATS, 1, cutoff=0.4) or ["clip"])[0]
         raise UserError(
             f"{where}: model_type {kind!r} is not supported; the nearest is {nearest!r} "
@@ -80,11 +83,13 @@ def _clip_spec(root: Path, config: Mapping, where: Path) -> ClipSpec:
     out_dim = config.get("projection_dim", 512)
     vision = _section(config, "clip", "vision_config", VISION | HIDDEN, where)
     text = _section(config, "clip", "text_config", TEXT | HIDDEN, where)
-    _check_end_token(config, text["vocab"], where)
     vision |= dict(embed_norm=True, patch_bias=False, out_dim=out_dim)
+    text = build(TextSpec, text | dict(out_dim=out_dim), f"{where}: text_config")
+    _check_end_token(config, text.vocab, where)
+    _check_vocabulary(root, text.vocab)
     return ClipSpec(
         build(VitSpec, vision, f"{where}: vision_config"),
-        build(TextSpec, text | dict(out_dim=out_dim), f"{where}: text_config"),
+        text,
         **read_processor(root, "clip", vision["image_size"]),
     )
 
@@ -103,6 +108,7 @@ def _siglip_spec(root: Path, config: Mapping, where: Path) -> ClipSpec:
         **read_processor(root, "siglip", vision["image_size"]),
         logit_bias=True,
         tokenizer=tokenizer_name(root),
+        cleaning=cleaning(root),
     )
 
 
@@ -150,6 +156,17 @@ def _check_end_token(config: Mapping, vocab: int, where: Path) -> None:
     if end not in (2, vocab - 1):
         raise UserError(
             f"{where}: text_config.eos_token_id={end!r} must be the last of the {vocab} tokens"
+        )
+
+
+def _check_vocabulary(root: Path, vocab: int) -> None:
+    """Refuse a CLIP with a tokenizer of its own: its texts would be read as CLIP's byte pairs."""
+    names = ("vocab.json", "vocab.txt", *TOKENIZER_FILES)
+    found = [name for name in names if (root / name).is_file()]
+    if found and vocab != CLIP_VOCAB:
+        raise UserError(
+            f"{root / found[0]}: a tokenizer of {vocab} tokens is not supported with model_type "
+            f"'clip' (CLIP's own, of {CLIP_VOCAB}, is)"
         )
 
 

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from uta_jax import UserError
-from uta_jax.data.tokenizer import open_tokenizer
+from uta_jax.data.tokenizer import CLEANING, open_tokenizer
 from uta_jax.interop.files import read_json
-from uta_jax.interop.specs import PIL_FILTERS, channels
-from uta_jax.models.presets import OPENAI_MEAN, OPENAI_STD, ClipSpec
+from uta_jax.interop.specs import PIL_FILTERS, channels, choice
+from uta_jax.models.presets import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    OPENAI_MEAN,
+    OPENAI_STD,
+    ClipSpec,
+)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -38,11 +42,13 @@ TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer.model")
 
 
 def side(value: Any, where: str) -> int:
-    """The side of a square, which they write as 224, [224, 224] or {"height": 224, ...}."""
+    """The side of a square, written as 224, [224, 224], (224, 224) or {"height": 224, ...}."""
     sides = list(value.values()) if isinstance(value, dict) else value
-    sides = sides if isinstance(sides, list) else [sides]
-    if not sides or type(sides[0]) is not int or len(set(sides)) > 1:
+    sides = list(sides) if isinstance(sides, list | tuple) else [sides]
+    if not sides or type(sides[0]) is not int or any(x != sides[0] for x in sides):
         raise UserError(f"{where}={value!r} is not square")
+    if not 0 < sides[0] < 2**31:
+        raise UserError(f"{where}={value!r} must be a number of pixels")
     return sides[0]
 
 
@@ -139,19 +145,42 @@ def tokenizer_name(root: Path) -> str:
     return found[0] if found else "tokenizer.json"
 
 
+def cleaning(root: Path) -> str:
+    """How texts are cleaned, where the class or a word of our own tells it; "": by the file."""
+    where = root / "tokenizer_config.json"
+    values = read_json(where) if where.is_file() else {}
+    file, told = _CLASSES.get(str(values.get("tokenizer_class")), ("", ""))
+    found = values.get("cleaning", "" if tokenizer_name(root) == file else told)
+    choice(found, dict.fromkeys(("", *CLEANING)), f"{where}: cleaning")
+    return found
+
+
+# Class of transformers -> the file that it reads, and how it cleans texts.
+_CLASSES = {
+    "SiglipTokenizer": ("spiece.model", "siglip"),
+    "Siglip2Tokenizer": ("tokenizer.json", "lower"),
+}
+
+
+def tokenizer_class(spec: ClipSpec, file: Path) -> tuple[str, str]:
+    """The class that reads ``file`` as ours, and the cleaning of texts that it leaves to others."""
+    tokenizer = open_tokenizer(file.name, file.parent, spec.text.context, spec.cleaning)
+    kind = "Siglip2Tokenizer" if tokenizer.end_token == "<eos>" else "SiglipTokenizer"
+    if _CLASSES[kind] == (file.name, tokenizer.cleaning):
+        return kind, ""
+    return "PreTrainedTokenizerFast", tokenizer.cleaning
+
+
 def tokenizer_config(spec: ClipSpec, file: Path) -> dict:
     """What makes transformers' AutoTokenizer read ``file`` as ``open_tokenizer`` does.
 
-    But for a T5 ``tokenizer.json``, whose texts open_clip cleans before it asks for tokens.
+    But for cleaning that no class of theirs does: that is recorded, and left to whoever calls it.
     """
     tokenizer = open_tokenizer(file.name, file.parent, spec.text.context)
-    names = {"SiglipTokenizer": "spiece.model", "Siglip2Tokenizer": "tokenizer.json"}
-    gemma = tokenizer.end_token == "<eos>"
-    kind = "Siglip2Tokenizer" if gemma else "SiglipTokenizer"
-    if names[kind] != spec.tokenizer:
-        kind = "PreTrainedTokenizerFast"
+    kind, left = tokenizer_class(spec, file)
     return {
         "tokenizer_class": kind,
+        **({"cleaning": spec.cleaning} if left and spec.cleaning else {}),
         "model_max_length": spec.text.context,
         "padding_side": "right",
         "eos_token": tokenizer.end_token,

@@ -1,10 +1,12 @@
 """Names of models on a hub -> files on this disk, through the hub's own client and its cache."""
 
+import sys
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from uta_jax import UserError
+from uta_jax.interop.files import read_json
 
 # What a conversion can need, and nothing else: no programs, no other library's weights.
 SMALL = ("*.json", "spiece.model", "tokenizer.model")
@@ -16,7 +18,7 @@ class Tag(NamedTuple):
     """A pre-trained model in open_clip's own table."""
 
     folder: Path  # the snapshot of its repository
-    files: tuple[str, ...]  # its weights there; empty: under their usual name
+    files: tuple[str, ...]  # where its weights may lie there; empty: under their usual name
     model: dict[str, Any]  # its architecture
     preprocess: dict[str, Any]  # how images are prepared for it
 
@@ -32,16 +34,14 @@ def snapshot(path: str) -> Path:
     repo, _, revision = path.removeprefix("hf-hub:").partition("@")
     options = dict(repo_id=repo, revision=revision or None)
     try:
-        return _with_weights(Path(snapshot_download(**options, local_files_only=True)))
-    except HFValidationError as error:
-        raise UserError(f"{path}: no name of a model ({str(error).splitlines()[0]})") from None
-    except FileNotFoundError:  # not cached, or without its weights
-        pass
-    try:
+        # What is cached is not downloaded again; what another library left out there, now is.
         folder = Path(snapshot_download(**options, allow_patterns=[*SMALL, *SAFE]))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(**options, allow_patterns=[*SMALL, *TORCH]))
+        _warn_of_defaults(path, folder)
         return _with_weights(folder)
+    except HFValidationError as error:
+        raise UserError(f"{path}: no name of a model ({str(error).splitlines()[0]})") from None
     except Exception as error:  # the client's, its HTTP library's, the operating system's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise UserError(
@@ -49,6 +49,19 @@ def snapshot(path: str) -> Path:
             f"{reason.rstrip('.')}); where there is a network, run `hf download {repo}` and copy "
             "what it makes there, or convert its directory"
         ) from None
+
+
+def _warn_of_defaults(path: str, folder: Path) -> None:
+    """A cache that another library filled, read without a network, may lack small files."""
+    processors = ("preprocessor_config.json", "processor_config.json", "open_clip_config.json")
+    config = folder / "config.json"
+    if any((folder / name).is_file() for name in processors) or not config.is_file():
+        return
+    if "architecture" not in read_json(config):  # timm's says how images are prepared
+        print(
+            f"{path}: no {processors[0]} there: images are prepared as its family's usually are",
+            file=sys.stderr,
+        )
 
 
 def _with_weights(folder: Path) -> Path:
@@ -97,7 +110,8 @@ def open_clip_tag(path: str) -> Tag:
     for key in ("mean", "std"):
         preprocess[key] = list(preprocess.get(key, ())) or None
     preprocess = {key: value for key, value in preprocess.items() if value is not None}
-    return Tag(snapshot(f"hf-hub:{'/'.join(home[:2])}"), tuple(home[2:]), model, preprocess)
+    file = ("/".join(home[2:]),) if home[2:] else ()
+    return Tag(snapshot(f"hf-hub:{'/'.join(home[:2])}"), file, model, preprocess)
 
 
 def _other_family(name: str) -> str:

@@ -19,7 +19,8 @@ class Encoders(NamedTuple):
     """A library's model: torch tensors in, torch features [b, e] out, not normalised."""
 
     image: Callable[[Any], Any]  # normalised floats [b, 3, s, s]
-    text: Callable[[Any], Any] | None  # int64 ids [b, l]; None of a vision tower alone
+    text: Callable[[Any], Any] | None = None  # int64 ids [b, l]; None of a vision tower alone
+    tokens: Callable[[list[str]], np.ndarray] | None = None  # ids [b, l] by its own tokenizer
 
 
 def _transformers(folder: Path) -> Encoders:
@@ -36,10 +37,16 @@ def _transformers(folder: Path) -> Encoders:
     if wrong := {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}:
         raise UserError(f"{folder}: transformers did not load it as it is: {wrong}")
     if names[0] == "Dinov2Model":
-        return Encoders(lambda x: _pooled(model(pixel_values=x)), None)
+        return Encoders(lambda x: _pooled(model(pixel_values=x)))
+
+    def tokens(texts: list[str]) -> np.ndarray:
+        read = transformers.AutoTokenizer.from_pretrained(folder)
+        return read(texts, padding="max_length", truncation=True, return_tensors="np").input_ids
+
     return Encoders(
         lambda x: _pooled(model.get_image_features(pixel_values=x)),
         lambda ids: _pooled(model.get_text_features(input_ids=ids)),
+        tokens,
     )
 
 
@@ -63,9 +70,14 @@ def _pooled(output):
 def _open_clip(folder: Path) -> Encoders:
     import open_clip
 
-    model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    name = f"local-dir:{folder}"
+    model, _ = open_clip.create_model_from_pretrained(name)
     model.eval()
-    return Encoders(model.encode_image, model.encode_text)
+
+    def tokens(texts: list[str]) -> np.ndarray:
+        return open_clip.get_tokenizer(name)(texts).numpy()
+
+    return Encoders(model.encode_image, model.encode_text, tokens)
 
 
 def _timm(folder: Path) -> Encoders:
@@ -73,7 +85,7 @@ def _timm(folder: Path) -> Encoders:
 
     name, arguments = timm_call(folder)
     model = timm.create_model(name, checkpoint_path=folder / "model.safetensors", **arguments)
-    return Encoders(model.eval(), None)
+    return Encoders(model.eval())
 
 
 def timm_call(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from uta_jax import UserError
 from uta_jax.interop import timm_config, translate
 from uta_jax.interop.files import read_json
-from uta_jax.interop.specs import build, channels, checked
+from uta_jax.interop.specs import build, channels, checked, choice, number
 from uta_jax.models.presets import OPENAI_MEAN, OPENAI_STD, ClipSpec, TextSpec, VitSpec
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -67,7 +67,6 @@ _TEXT_FIXED = _BLOCK_FIXED | {
     "hf_proj_type": None,
     "hf_pooler_type": None,
     "tokenizer_mode": None,
-    "tokenizer_kwargs": None,
     "pad_id": None,
     "eos_id": None,
 }
@@ -84,6 +83,10 @@ _TOKENIZERS = {
     250000: "timm/ViT-B-16-SigLIP-i18n-256",
     256000: "timm/ViT-B-16-SigLIP2",
 }
+# tokenizer_kwargs.clean of a tokenizer with a name -> ours, which is transformers' where texts are
+# lower-cased: open_clip also mends Unicode and collapses spaces then.
+_CLEANING = {"canonicalize": "open_clip", "lower": "lower"}
+_THEIR_CLEANING = {ours: theirs for theirs, ours in _CLEANING.items()} | {"siglip": "canonicalize"}
 
 
 def open_clip_spec(path: Path) -> tuple[str, ClipSpec]:
@@ -112,6 +115,7 @@ def model_spec(
         raise UserError(f"{where}: embed_dim={out_dim!r} must be a positive number")
     _check_rest(model, _TOP_FIXED, where)
     named = bool(text_cfg.get("hf_tokenizer_name"))
+    cleaning = _cleaning(text_cfg.pop("tokenizer_kwargs", None), named, f"{where}: text_cfg")
     text = _text_spec(text_cfg, quick, out_dim, f"{where}: text_cfg")
     if vision_cfg.get("timm_model_name"):
         kind, vision = _timm_tower(vision_cfg, out_dim, f"{where}: vision_cfg", folder)
@@ -123,7 +127,8 @@ def model_spec(
         vision = _vision_spec(vision_cfg, quick, out_dim, f"{where}: vision_cfg")
     spec = ClipSpec(
         vision, text, logit_bias=logit_bias is not None,
-        tokenizer="tokenizer.json" if named else "clip", **_pixels(preprocess, where),
+        tokenizer="tokenizer.json" if named else "clip", cleaning=cleaning,
+        **_pixels(preprocess, where),
     )  # fmt: skip
     reasons = translate.misfits(fmt, checked(spec, where))
     if reasons:
@@ -154,8 +159,8 @@ def _take(cfg: dict, table: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
 def _block_traits(cfg: dict, width: Any, quick: bool, where: str) -> dict[str, Any]:
     """What both of open_clip's own towers say alike: hidden width, activation, epsilon."""
     norm, act = cfg.pop("norm_kwargs", None) or {}, cfg.pop("act_kwargs", None) or {}
-    timm_config.number(width, f"{where}: width", int)
-    ratio = timm_config.number(cfg.pop("mlp_ratio", 4.0), f"{where}: mlp_ratio")
+    number(width, f"{where}: width", int)
+    ratio = number(cfg.pop("mlp_ratio", 4.0), f"{where}: mlp_ratio")
     if not isinstance(norm, dict) or norm.keys() - {"eps"}:
         raise UserError(f"{where}: norm_kwargs={norm!r} is not supported (only eps is)")
     if act not in ({}, {"approximate": "none"}, {"approximate": "tanh"}) or (act and quick):
@@ -173,7 +178,7 @@ def _vision_spec(cfg: dict, quick: bool, out_dim: int, where: str) -> VitSpec:
     if not isinstance(ours["depth"], int):
         raise UserError(f"{where}: layers={ours['depth']!r} is a ResNet, which is not supported")
     ours |= _block_traits(cfg, ours["width"], quick, where)
-    head = timm_config.number(cfg.pop("head_width", 64), f"{where}: head_width", int)
+    head = number(cfg.pop("head_width", 64), f"{where}: head_width", int)
     ours["heads"] = ours["width"] // max(head, 1)
     ours["embed_norm"] = not cfg.pop("no_ln_pre", False)
     _check_rest(cfg, _VISION_FIXED, where)
@@ -186,12 +191,22 @@ def _text_spec(cfg: dict, quick: bool, out_dim: int, where: str) -> TextSpec:
     cfg.pop("hf_tokenizer_name", None)
     ours = _take(cfg, _TEXT)
     ours |= _block_traits(cfg, ours["width"], quick, where)
-    pool = timm_config.choice(cfg.pop("pool_type", "argmax"), _POOLS, f"{where}: pool_type")
+    pool = choice(cfg.pop("pool_type", "argmax"), _POOLS, f"{where}: pool_type")
     ours |= dict(pool=pool, out_dim=out_dim)
     ours["causal"] = not cfg.pop("no_causal_mask", False)
     ours["head_bias"] = cfg.pop("proj_bias", False)
     _check_rest(cfg, _TEXT_FIXED, where)
     return build(TextSpec, ours, where)
+
+
+def _cleaning(kwargs: Any, named: bool, where: str) -> str:
+    """How texts are cleaned; CLIP's own tokenizer does it in one way."""
+    kwargs = {} if kwargs is None else kwargs
+    if not isinstance(kwargs, dict) or kwargs.keys() - {"clean"}:
+        raise UserError(f"{where}: tokenizer_kwargs={kwargs!r} is not supported (only clean is)")
+    table = _CLEANING if named else {"lower": ""}
+    default = "whitespace" if named else "lower"
+    return choice(kwargs.get("clean", default), table, f"{where}: tokenizer_kwargs.clean")
 
 
 def _timm_tower(cfg: dict, out_dim: int, where: str, folder: Path | None) -> tuple[str, VitSpec]:
@@ -244,7 +259,7 @@ def _pixels(preprocess: Any, where: str) -> dict[str, Any]:
     if values.get("interpolation") == "random":  # in training alone
         values = {**values, "interpolation": "bicubic"}
     mode = values.get("resize_mode", "shortest")
-    timm_config.choice(mode, dict.fromkeys(("shortest", "squash")), f"{where}: resize_mode")
+    choice(mode, dict.fromkeys(("shortest", "squash")), f"{where}: resize_mode")
     statistics = {}
     for name, default in (("mean", OPENAI_MEAN), ("std", OPENAI_STD)):
         value = values.get(name, default)
@@ -329,7 +344,8 @@ def _text_cfg(spec: ClipSpec) -> dict[str, Any]:
     cfg |= {"proj_bias": True} if text.head_bias else {}
     if spec.tokenizer != "clip":
         cfg["hf_tokenizer_name"] = _TOKENIZERS[text.vocab]
-        cfg["tokenizer_kwargs"] = {"clean": "canonicalize"}
+        by_file = "lower" if text.vocab == 256000 else "open_clip"
+        cfg["tokenizer_kwargs"] = {"clean": _THEIR_CLEANING[spec.cleaning or by_file]}
     return cfg
 
 

@@ -5,11 +5,10 @@ line naming the file, before anything is compiled.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -28,26 +27,7 @@ from uta_jax.interop.files import (
     write_safetensors,
 )
 from uta_jax.interop.find import SPEC_FILE, WEIGHTS_FILE, Found, find, identify
-from uta_jax.models.presets import ClipSpec, resized
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where weights came from."""
-
-    path: str | Path  # as it was given
-    found: Found
-    digest: str = ""  # sha256 of the weights, where it is known already
-
-    @cached_property
-    def provenance(self) -> dict[str, str]:
-        """Name, format and sha256 of the weights as they were published; reads the files once."""
-        if self.found.source:
-            return dict(self.found.source)
-        path = str(self.path)
-        name = path if ":" in path else Path(path).resolve().name
-        digest = self.digest or sha256(*self.found.weights)
-        return {"name": name, "format": self.found.fmt, "sha256": digest}
+from uta_jax.models.presets import ClipSpec, resized, with_vision
 
 
 @dataclass(frozen=True)
@@ -56,22 +36,21 @@ class Checkpoint:
 
     spec: ClipSpec
     params: dict
-    source: Source
+    tokenizer_file: Path | None  # that ``spec.tokenizer`` names, if it lies beside the weights
+    hashed: Callable[[], dict[str, str]]
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Name, format and sha256 of the weights; asked for the first time it reads their files."""
-        return self.source.provenance
+        """Name, format and sha256 of the weights as they were published.
+
+        Hashing takes longer than loading: it goes on beside, and who asks waits for it.
+        """
+        return self.hashed()
 
     @property
     def tokenizer_context(self) -> int:
         """Tokens of a text; 0 for a vision tower alone."""
         return self.spec.text.context if self.spec.text else 0
-
-    @property
-    def tokenizer_file(self) -> Path | None:
-        """The file beside the weights that ``spec.tokenizer`` names, if it is there."""
-        return _tokenizer_file(self.spec, self.source.found)
 
 
 def load_clip(path: str | Path, image_size: int = 0, fmt: str = "", preset: str = "") -> Checkpoint:
@@ -87,17 +66,37 @@ def load_clip(path: str | Path, image_size: int = 0, fmt: str = "", preset: str 
     Raises UserError for anything missing, damaged, of another architecture, or not finite.
     """
     found, tensors = identify(find(path, fmt, preset), preset)
-    spec = _at_size(found.spec, image_size, path)
-    with ThreadPoolExecutor(1) as pool, _naming(found, UserError, OSError):
-        hashed = pool.submit(_digest, found) if found.sha256 else None
+    spec = at_size(found.spec, image_size, path)
+    pool = ThreadPoolExecutor(1)
+    digest = pool.submit(check_digest, found)
+    pool.shutdown(wait=False)
+    with _naming(found, UserError, OSError):
         params = translate.to_ours(found.fmt, found.spec, tensors)
-    digest = hashed.result() if hashed else ""
+        if found.sha256:  # on record: nothing is used before it is checked
+            digest.result()
     if spec != found.spec:
         vision = params["vision"]
         vision["pos_embed"] = resample_positions(
             vision["pos_embed"], spec.vision.grid, spec.vision.cls
         )
-    return Checkpoint(spec, params, Source(path, found, digest))
+
+    def hashed() -> dict[str, str]:
+        with _naming(found, UserError, OSError):
+            return _provenance(str(path), found, digest.result())
+
+    return Checkpoint(spec, params, _tokenizer_file(spec, found), hashed)
+
+
+def _provenance(path: str, found: Found, digest: str) -> dict[str, str]:
+    """Of what is on record already, that; a repository on a hub is named with its commit."""
+    if found.source:
+        return dict(found.source)
+    folder, name = found.weights[0].parent, path
+    if not path.startswith(("asset:", "hf-hub:", "open_clip:")):
+        name = Path(path).resolve().name
+    elif path.startswith("hf-hub:") and folder.parent.name == "snapshots":
+        name = f"{path.partition('@')[0]}@{folder.name}"
+    return {"name": name, "format": found.fmt, "sha256": digest}
 
 
 def read_spec(path: str | Path, fmt: str = "", preset: str = "") -> ClipSpec:
@@ -134,16 +133,17 @@ def convert(
     dst = Path(dst)
     check_free(dst, overwrite)
     found, tensors = identify(find(src, fmt, preset), preset)
-    spec = _at_size(found.spec, image_size, src)
+    spec = at_size(found.spec, image_size, src)
     with _naming(found, UserError):
         translate.check_tensors(found.fmt, found.spec, tensors)
+        translate.check_tables(found.fmt, found.spec, tensors)
     with whole_dir(dst, overwrite) as work, ThreadPoolExecutor(1) as pool:
-        hashed = pool.submit(_digest, found, digest)
+        hashed = pool.submit(check_digest, found, digest)
         with _naming(found, UserError):
             written = _stream(found, tensors, spec, work / WEIGHTS_FILE)
         if tokenizer := _tokenizer_file(spec, found):
             shutil.copyfile(tokenizer, work / spec.tokenizer)
-        provenance = Source(src, found, hashed.result()).provenance
+        provenance = _provenance(str(src), found, hashed.result())
         _record(work, "uta_jax", WEIGHTS_FILE, written, spec, {"source": provenance})
     return Converted(spec, provenance)
 
@@ -210,16 +210,17 @@ def _stream(found: Found, tensors: Mapping[str, Tensor], spec: ClipSpec, path: P
         return writer.finish()
 
 
-def _at_size(spec: ClipSpec, image_size: int, path: str | Path) -> ClipSpec:
+def at_size(spec: ClipSpec, image_size: int, path: str | Path) -> ClipSpec:
+    """``spec`` for another input size (0: its own); UserError where no patches fill that."""
     size = image_size or spec.vision.image_size
     if size % spec.vision.patch_size or size < 1:
         raise UserError(
             f"image_size={size} for {path}: its patch size {spec.vision.patch_size} must divide it"
         )
-    return replace(spec, vision=resized(spec.vision, size))
+    return with_vision(spec, resized(spec.vision, size))
 
 
-def _digest(found: Found, wanted: str = "") -> str:
+def check_digest(found: Found, wanted: str = "") -> str:
     """The sha256 of the weights; UserError if it is not the one wanted, or on record."""
     digest = sha256(*found.weights)
     for expected, where in ((wanted.lower(), "wanted"), (found.sha256, f"in {SPEC_FILE}")):

@@ -10,7 +10,8 @@ from typing import Any
 from uta_jax import UserError
 from uta_jax.interop import translate
 from uta_jax.interop.files import read_json
-from uta_jax.interop.specs import PIL_FILTERS, build, channels, checked
+from uta_jax.interop.hf_processor import side
+from uta_jax.interop.specs import PIL_FILTERS, build, channels, checked, choice, number
 from uta_jax.interop.timm_names import ARCHITECTURES
 from uta_jax.models.presets import ClipSpec, VitSpec
 
@@ -75,21 +76,6 @@ def mlp_ratio(width: int, hidden: int) -> float:
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def number(value: Any, where: str, kind: type | tuple = (int, float)) -> Any:
-    """A finite number out of a JSON file."""
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
-        raise UserError(f"{where}={value!r} must be {'an integer' if kind is int else 'a number'}")
-    return value
-
-
-def choice(value: Any, table: Mapping[Any, Any], where: str) -> Any:
-    """What a name in a JSON file stands for."""
-    if not isinstance(value, str | None) or value not in table:
-        names = ", ".join(map(str, table))
-        raise UserError(f"{where}={value!r} is not supported (it must be one of: {names})")
-    return table[value]
-
-
 def architecture(name: Any, where: str) -> tuple[str, VitSpec]:
     """Format and headless tower of a timm model by its name; UserError with the nearest known."""
     known = str(name).partition(".")[0]  # after the dot: whose weights
@@ -114,7 +100,7 @@ def tower(name: Any, args: Mapping[str, Any], where: str) -> tuple[str, VitSpec]
             number(args[arg], f"{where}: {arg}", kind)
     changes = {ours: args.pop(arg) for arg, ours in table.items() if args.get(arg) is not None}
     for name in ("image_size", "patch_size"):
-        changes[name] = _square(changes.get(name, getattr(base, name)), f"{where}: {name}")
+        changes[name] = side(changes.get(name, getattr(base, name)), f"{where}: {name}")
     width = changes.get("width", base.width)
     ratio = args.pop("mlp_ratio", None)
     if ratio is not None:
@@ -138,14 +124,6 @@ def tower(name: Any, args: Mapping[str, Any], where: str) -> tuple[str, VitSpec]
 
 def _fields(fmt: str) -> dict[str, str]:
     return _EVA_FIELDS if "eva" in fmt else _VIT_FIELDS
-
-
-def _square(value: Any, where: str) -> int:
-    """timm writes 224 or [224, 224]."""
-    sides = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not sides or type(sides[0]) is not int or len(set(sides)) > 1:
-        raise UserError(f"{where}={value!r} is not square")
-    return sides[0]
 
 
 def _pooling(value: Any, base: VitSpec, where: str) -> dict:
@@ -185,7 +163,7 @@ def _rope(args: dict, base: VitSpec, changes: Mapping) -> dict:
         return {"rope_theta": 0.0}
     found = {"rope_theta": float(theta or base.rope_theta or 10000.0)}
     if grid is not None:
-        found["rope_grid"] = _square(grid, "ref_feat_shape")
+        found["rope_grid"] = side(grid, "ref_feat_shape")
     elif not base.rope_theta:  # their positions are then patches, whatever the size
         found["rope_grid"] = changes["image_size"] // changes["patch_size"]
     return found
@@ -312,8 +290,8 @@ def _pixels(values: Mapping, size: int, where: str) -> dict:
     """How ``timm.data.create_transform`` prepares an image for evaluation."""
     modes = {"center": "shortest", "squash": "squash"}
     share = number(values.get("crop_pct", 0.875), f"{where}: crop_pct")
-    if not 0 < share <= 1:
-        raise UserError(f"{where}: crop_pct={share!r} must be above 0, at most 1")
+    if not 0.01 <= share <= 1:
+        raise UserError(f"{where}: crop_pct={share!r} must lie between 0.01 and 1")
     resized = math.floor(size / share)
     return dict(
         resize=choice(values.get("crop_mode", "center"), modes, f"{where}: crop_mode"),

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,13 +37,18 @@ def open_torch(path: Path) -> dict[str, Tensor]:
         ) from None
     try:
         lazy = _is_plain_zip(path)
-        # weights_only: nothing of the pickle is ever executed, and there is no way round it.
-        state = torch.load(path, "meta" if lazy else "cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of damaged files it says more lines
+            # weights_only: nothing of the pickle is ever executed, and there is no way round it.
+            state = torch.load(path, "meta" if lazy else "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: {_refusal(str(error))}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # weights_only: whatever it is, what was read is damaged
         reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise UserError(f"{path}: truncated or damaged, or no weights file ({reason})") from None
+        raise UserError(
+            f"{path}: truncated or damaged, or no weights file ({type(error).__name__}: {reason})"
+        ) from None
     found = _state_dict(path, state)
     return {name: _tensor(path, name, x, lazy) for name, x in found.items()}
 

@@ -55,6 +55,7 @@ def to_ours(fmt: str, spec: ClipSpec, tensors: Mapping[str, Tensor]) -> dict:
     Raises UserError listing all missing, unexpected and misshaped keys, or all that are not finite.
     """
     check_tensors(fmt, spec, tensors)
+    check_tables(fmt, spec, tensors)
     rules = {path: row.rule for _, row, _ in names(fmt, spec) for path in row.paths}
     shapes, stacked = param_shapes(spec), _stacked(fmt, spec)
     memory = {
@@ -83,9 +84,9 @@ def stream_ours(
     """As ``to_ours``, but one piece at a time is in memory, and handed over.
 
     ``put(path, start, values)``: ``values`` (float32, C-contiguous) are those elements of the
-    parameter ``path`` that follow ``start``. It is called from several threads.
+    parameter ``path`` that follow ``start``. It is called from several threads. ``tensors`` are
+    those that passed ``check_tensors``.
     """
-    check_tensors(fmt, spec, tensors)
     shapes, parts = param_shapes(spec), _part_shapes(fmt, spec)
 
     def hand_over(name: str, row: Row, block: int | None) -> bool:
@@ -108,6 +109,25 @@ def check_tensors(fmt: str, spec: ClipSpec, tensors: Mapping[str, Tensor]) -> No
     for name in dropped(fmt, spec, tensors):
         del found[name]
     _check_keys(their_shapes(fmt, spec), found, f"format {fmt!r}")
+
+
+def check_tables(fmt: str, spec: ClipSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError where a table that is dropped, for we make our own, holds another one."""
+    tables = {x: np.asarray(x.make(spec)) for x in FORMATS[fmt].extras if x.make}
+    for name, extra in _extra_names(fmt, spec):
+        if extra not in tables or name not in tensors:
+            continue
+        found, ours = np.asarray(tensors[name]), tables[extra]
+        allowed = 1e-4 if found.dtype.itemsize > 2 else 1e-2  # half precision is rounded
+        if found.shape != ours.shape or not np.allclose(
+            found.astype(np.float32), ours, rtol=0, atol=allowed
+        ):
+            vision = spec.vision
+            raise UserError(
+                f"{name} {found.shape} is another table of rotary positions than that of "
+                f"rope_theta {vision.rope_theta:g}, rope_grid {vision.rope_grid} for a grid of "
+                f"{vision.grid} x {vision.grid} patches: the features would be wrong"
+            )
 
 
 def dropped(fmt: str, spec: ClipSpec, tensors: Mapping[str, Tensor]) -> list[str]:

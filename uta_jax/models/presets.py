@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,11 @@ def _siglip(image_size, patch_size, width, depth, heads, mlp_hidden, vocab, cont
     )  # fmt: skip
 
 
+def _exact(spec: ClipSpec, text_act: str) -> ClipSpec:
+    vision = replace(spec.vision, act="gelu")
+    return replace(spec, vision=vision, text=replace(spec.text, act=text_act))
+
+
 def _dinov2(width, depth, heads, act="gelu", mlp_hidden=None):
     return VitSpec(
         518, 14, width, depth, heads, mlp_hidden or 4 * width, width,
@@ -183,6 +190,9 @@ CLIP: dict[str, ClipSpec] = {
     # google/siglip-base-patch16-224 and google/siglip2-base-patch16-224.
     "siglip_b16": _siglip(224, 16, 768, 12, 12, 3072, 32000),
     "siglip2_b16": _siglip(224, 16, 768, 12, 12, 3072, 256000),
+    # The same shapes in open_clip and timm: exact GELU in the tower of timm, and in SigLIP's text.
+    "siglip_b16_gelu": _exact(_siglip(224, 16, 768, 12, 12, 3072, 32000), "gelu"),
+    "siglip2_b16_gelu": _exact(_siglip(224, 16, 768, 12, 12, 3072, 256000), "gelu_tanh"),
     # The emoji world of configs/emoji_clip.py.
     "tiny_clip": ClipSpec(_TINY_VIT, _TINY_TEXT),
 }
@@ -206,3 +216,19 @@ VIT: dict[str, VitSpec] = {
 def resized(spec: VitSpec, image_size: int) -> VitSpec:
     """The same architecture at another input size (its learned positions must be resampled)."""
     return replace(spec, image_size=image_size)
+
+
+def with_vision(spec: ClipSpec, vision: VitSpec) -> ClipSpec:
+    """``spec`` around another tower, whose crop is as large a share of the resized image."""
+    resize_size = round(spec.resize_size * vision.image_size / spec.vision.image_size)
+    return replace(spec, vision=vision, resize_size=resize_size)
+
+
+def tower_alone(name: str) -> ClipSpec:
+    """The vision tower of a preset without its text tower, and the pixels that it was made for."""
+    if name in CLIP:
+        return replace(CLIP[name], text=None, logit_bias=False, tokenizer="clip")
+    if name.startswith("dinov2_"):  # resized to 256 for a crop of 224, here at the stored size
+        resize_size = VIT[name].image_size * 256 // 224
+        return ClipSpec(VIT[name], None, IMAGENET_MEAN, IMAGENET_STD, resize_size=resize_size)
+    return ClipSpec(VIT[name], None)
