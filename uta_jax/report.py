@@ -12,6 +12,7 @@ from uta_jax import metrics
 from uta_jax.checkpoint import SavedRun, load_run
 from uta_jax.data.loader import TrainLoader
 from uta_jax.evals import evaluate
+from uta_jax.evals.zeroshot import reading_of
 from uta_jax.interop.export import export
 from uta_jax.interop.files import check_free
 from uta_jax.interop.teacher import load_clip
@@ -188,6 +189,7 @@ def _training_crops(run: SavedRun) -> np.ndarray:
         image_size=run.task.student.image_size,
         crop_scale=data.crop_scale,
         flip=data.flip,
+        reading=reading_of(data),
     )
     batch = next(loader)
     loader.close()
