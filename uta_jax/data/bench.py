@@ -278,7 +278,7 @@ def _in_turns(turns: dict[str, Callable], seconds: float) -> dict[str, list[floa
     times = {name: [] for name in turns}
     for turn in range(TURNS + 1):
         for name, measure in turns.items():
-            time.sleep(0.1)  # until the loader before has made its batches in advance
+            time.sleep(0.5)  # until the loader before has made its batches in advance
             taken = measure(each if turn else 0.0)
             times[name] += [taken] if turn else []
     return times
