@@ -279,6 +279,8 @@ def test_the_count_of_bad_examples_survives_a_resume(tmp_path):
     for _ in range(3):
         next(stream)  # lost to an interruption; what they wrote is not counted twice
     stream.close()
+    with path.open("a") as file:
+        file.write('{"position": 61, "ind')  # killed while it wrote
     again = loader(Pictures(20, bad=(7,)), bad_file=path)
     again.resume(state)
     assert again.bad_examples == state["bad_examples"] > 0
@@ -286,6 +288,47 @@ def test_the_count_of_bad_examples_survives_a_resume(tmp_path):
         next(again)
     again.close()
     assert path.read_text() == whole and again.bad_examples == 4
+    fresh = loader(Pictures(20, bad=(7,)), bad_file=path)  # killed before it saved anything
+    for _ in range(REFERENCE):
+        next(fresh)
+    fresh.close()
+    assert path.read_text() == whole
+
+
+def test_every_process_lists_its_own_bad_examples(tmp_path):
+    for process in range(2):
+        stream = loader(
+            Pictures(20, bad=(7,)), bad_file=tmp_path / "bad.jsonl", process_index=process,
+            process_count=2,
+        )  # fmt: skip
+        for _ in range(REFERENCE):
+            next(stream)
+        stream.close()
+    one, other = ((tmp_path / name).read_text() for name in ("bad.jsonl", "bad-1.jsonl"))
+    assert len(one.splitlines()) + len(other.splitlines()) == 4 and one != other
+
+
+class Labels(Pictures):
+    """Example 3 has a label that is none."""
+
+    odd = -1
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | ({"label": self.odd} if index == 3 else {})
+
+
+@pytest.mark.parametrize("odd, trains", [(-1, True), (2, True), (2**40, False)])
+def test_a_label_of_no_class_counts_in_no_evaluation(odd, trains, capsys):
+    """Training takes what fits: splits without labels have -1."""
+    source = Labels(20)
+    source.odd = odd
+    valid = [b["valid"] for b in eval_batches(source, batch_size=8, image_size=8)]
+    assert np.flatnonzero(~np.concatenate(valid)[:20]).tolist() == [3]
+    assert f"label {odd} is not in 0 .. 1" in capsys.readouterr().err
+    stream = loader(source)
+    labels = np.concatenate([next(stream)["label"] for _ in range(3)])
+    stream.close()
+    assert (odd in labels) == trains and (stream.bad_examples > 0) != trains
 
 
 def test_an_example_without_a_caption_is_bad_where_captions_are_wanted():

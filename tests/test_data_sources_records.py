@@ -1,6 +1,8 @@
 """ArrayRecord and parquet files."""
 
+import errno
 import json
+import threading
 
 import fsspec
 import pyarrow as pa
@@ -160,3 +162,40 @@ def test_remote_parquet_is_the_same_dataset(tmp_path):
         assert remote.fingerprint() == local.fingerprint()
     finally:
         memory.rm("/parquets", recursive=True)
+
+
+def test_text_that_is_no_utf_8_is_a_bad_example(tmp_path):
+    text = pa.array([b"caf\xe9", b"good"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"image": [png(1), png(2)], "text": text}), tmp_path / "x.parquet")
+    source = ParquetSource(tmp_path)
+    with pytest.raises(BadExample, match="x.parquet/0/0: .*utf-8"):
+        source[0]
+    assert source[1]["text"] == "good"
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (pa.ArrowMemoryError("malloc of 5 failed"), "no memory for row group 0"),
+        (OSError(errno.ESTALE, "Stale file handle"), "cannot be read .Stale file handle"),
+        (TimeoutError(), "cannot be read .TimeoutError"),
+        (OSError("Corrupt snappy compressed data."), None),
+    ],
+)
+def test_only_damaged_row_groups_are_bad_examples(error, words, tmp_path, monkeypatch):
+    """What may pass ends the run: skipped, it would make other batches than without it."""
+
+    class Failing:
+        def read_row_group(self, *_, **__):
+            raise error
+
+    source = ParquetSource(write_parquets(tmp_path))
+    source._groups._files = lambda path: (Failing(), threading.Lock())
+    with pytest.raises(UserError, match=words or "row group 0 cannot be read") as found:
+        source[0]
+    assert isinstance(found.value, BadExample) == (words is None)
+    source._groups.places = [("memory://x.parquet", 0)] * len(source._groups.places)
+    source._names["memory://x.parquet"] = "x.parquet"
+    with pytest.raises(UserError) as found:  # no error of a network says that data is damaged
+        source[0]
+    assert not isinstance(found.value, BadExample)

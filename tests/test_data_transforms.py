@@ -13,6 +13,7 @@ from PIL import Image
 from uta_jax import UserError
 from uta_jax.data import bench, transforms
 from uta_jax.data.decode import SCALES, decode_jpeg, jpeg_size
+from uta_jax.data.pictures import Pictures, picture
 from uta_jax.data.transforms import jpeg_scale, sample_crop, to_input, train_transform
 
 
@@ -30,7 +31,7 @@ def noise(width, height, seed=0):
 @pytest.fixture(scope="module")
 def photo():
     """JPEG bytes of 500x375 with the statistics of a photograph."""
-    return encode(bench.picture(np.random.default_rng(0), 500, 375), "JPEG", quality=90)
+    return encode(picture(np.random.default_rng(0), 500, 375), "JPEG", quality=90)
 
 
 def test_train_transform_depends_on_bytes_and_rng_alone():
@@ -165,7 +166,7 @@ def test_bench_measures_every_step_and_writes_its_figures(tmp_path, monkeypatch,
     monkeypatch.setattr(bench, "_torchvision", lambda: False)  # starts slowly
     loaders = bench._loaders  # worker processes start slowly too
     monkeypatch.setattr(bench, "_loaders", lambda *a: {"loader": loaders(*a)["loader"]})
-    source = bench.Pictures(tmp_path, bench.BATCH)
+    source = Pictures(tmp_path, bench.BATCH)
     result = bench.bench(source, 32, seconds=0.05, json_file=tmp_path / "bench.json")
     assert json.loads((tmp_path / "bench.json").read_text()) == result
     steps = {bench.DECODE, bench.CROP, bench.NORMALISE, "loader"}
@@ -173,7 +174,7 @@ def test_bench_measures_every_step_and_writes_its_figures(tmp_path, monkeypatch,
     assert all(rate > 1 for rate in result["images_per_s"].values())
     assert "of bare decoding" in capsys.readouterr().out
     with pytest.raises(UserError, match="3 examples; at least 8"):
-        bench.bench(bench.Pictures(tmp_path, 3))
+        bench.bench(Pictures(tmp_path, 3))
 
 
 def test_bench_normalises_as_the_device_does():

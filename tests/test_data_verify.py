@@ -1,5 +1,6 @@
 """uta-jax data verify: every example is decoded, and whatever is bad is named."""
 
+import functools
 import io
 import json
 import shlex
@@ -12,7 +13,8 @@ from PIL import Image
 
 from uta_jax.__main__ import _parser, main
 from uta_jax.commands import DATA
-from uta_jax.data.verify import guess_kind, verify
+from uta_jax.data.mixture import Mixture
+from uta_jax.data.verify import _Tally, guess_kind, verify
 
 
 @pytest.fixture
@@ -102,6 +104,56 @@ def test_hashes_of_another_set(folder, tmp_path):
     hashes.write_text("nonsense\n")
     assert run(folder, tmp_path, f"--hashes={hashes}")[0] == 2
     assert run(folder, tmp_path, "--hashes=no/such/file")[0] == 2
+    hashes.write_bytes(bytes(range(256)))
+    assert run(folder, tmp_path, f"--hashes={hashes}")[0] == 2
+
+
+def test_hashes_are_compared_and_written_anew_in_one_run(folder, tmp_path, monkeypatch):
+    hashes = tmp_path / "hashes.txt"
+    both = (f"--hashes={hashes}", f"--write-hashes={hashes}")
+    assert run(folder, tmp_path, both[1])[0] == 0
+    before = hashes.read_text()
+    assert run(folder, tmp_path, *both)[0] == 0 and hashes.read_text() == before
+    (folder / "00.png").write_bytes((folder / "01.png").read_bytes())
+    code, report = run(folder, tmp_path, *both)
+    assert code == 1 and [bad["key"] for bad in report["bad"]] == ["00.png"]
+    whole = hashes.read_text()
+    assert whole != before and len(whole.splitlines()) == 12
+    monkeypatch.setattr(_Tally, "report", lambda *_: 1 / 0)  # an interruption
+    with pytest.raises(ZeroDivisionError):
+        run(folder, tmp_path, f"--write-hashes={hashes}")
+    assert hashes.read_text() == whole
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "hashes.txt", "report.json"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("verify", "FOLDER", "--json=/nonexistent/x.json"),
+        ("verify", "FOLDER", "--write-hashes=/nonexistent/x.txt"),
+        ("verify", "FOLDER", "--workers=-1"),
+        ("verify", "memory://nothing"),
+        ("verify", "foo://x"),
+        ("verify", "foo://x", "--source=tfds"),
+        ("verify", "recipe.py", "--split=train"),
+        ("verify", "recipe.py", "--source=tar"),
+        ("bench", "FOLDER", "--json=/nonexistent/x.json"),
+        ("bench", "FOLDER", "--image_size=0"),
+        ("bench", "FOLDER", "--workers=0"),
+        ("index", "FOLDER/00.png"),
+        ("index", "NO_IMAGE"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(arguments, folder, tmp_path, capsys):
+    with tarfile.open(tmp_path / "0.tar", "w") as file:
+        file.addfile(tarfile.TarInfo("1.txt"))
+    before = set(tmp_path.rglob("*"))
+    places = {"FOLDER": str(folder), "NO_IMAGE": str(tmp_path / "0.tar")}
+    argv = [functools.reduce(lambda a, p: a.replace(*p), places.items(), a) for a in arguments]
+    assert main(["data", *argv]) == 2
+    *bar, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("uta-jax data: ") and "Traceback" not in "".join(bar)
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_a_recipe_names_its_data(folder, tmp_path, capsys):
@@ -112,8 +164,24 @@ def test_a_recipe_names_its_data(folder, tmp_path, capsys):
     )
     code, report = run(recipe, tmp_path, f"--config.data.path={folder}")
     assert code == 0 and report["examples"] == 12
+    (folder / "10.jpg").write_bytes((folder / "10.jpg").read_bytes()[:-40])
+    data = f"--config.data.path={folder}"
+    assert run(recipe, tmp_path, data)[0] == 1
+    assert run(recipe, tmp_path, data, "--config.data.allow_truncated=True")[0] == 0
     assert run(folder, tmp_path, "--config.data.path=x")[0] == 2
     assert "unexpected argument" in capsys.readouterr().err
+
+
+def test_a_mixture_is_verified_once_and_labels_with_it():
+    class Odd(Pictures):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | ({"label": 2} if index == 1 else {})
+
+    report = verify(Mixture([Pictures(4), Odd(7)], [3, 1]))
+    assert report["source"]["0.examples in an epoch"] == 21 and report["examples"] == 11
+    assert report["duplicates"] == 4 and ["0/pic-0", "1/pic-0"] in report["duplicate_keys"]
+    assert [bad["key"] for bad in report["bad"]] == ["1/pic-1"]
+    assert report["bad"][0]["reason"] == "label 2 is not in 0 .. 1"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,10 +1,16 @@
 """The zero-shot protocol, step by step."""
 
+import types
+
 import numpy as np
 import pytest
 
 from uta_jax import UserError
+from uta_jax.config import default_config, reading_of
+from uta_jax.data.loader import Reading
+from uta_jax.evals import zeroshot
 from uta_jax.evals.zeroshot import ZeroShot, accuracy, class_weights, prompts
+from uta_jax.models.presets import CLIP
 
 
 def _unit(x):
@@ -49,3 +55,16 @@ def test_an_unlabelled_source_is_refused():
 
     with pytest.raises(UserError, match="class names"):
         ZeroShot(Unlabelled(), ("{}",), 8)
+
+
+def test_evaluation_reads_as_the_configuration_says(monkeypatch):
+    config = default_config()
+    config.data.workers, config.data.timeout_s, config.data.allow_truncated = 3, 7.0, True
+    reading = reading_of(config.data)
+    assert reading == Reading(workers=3, threads=2, timeout_s=7.0, allow_truncated=True)
+    assert reading_of(default_config().data) == Reading()
+    asked = {}
+    monkeypatch.setattr(zeroshot, "eval_batches", lambda source, **options: asked.update(options))
+    source = types.SimpleNamespace(class_names=("a",))
+    ZeroShot(source, ("{}",), 8, reading=reading).batches(CLIP["tiny_clip"])
+    assert asked["reading"] == reading

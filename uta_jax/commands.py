@@ -81,11 +81,15 @@ def _data_emoji_scenes(args, _):
 
 
 def _data_verify(args, overrides):
+    from uta_jax.data.files import cpu_count
     from uta_jax.data.verify import verify
 
+    source, data = _open_data(args, overrides)
+    names = ("timeout_s", "allow_truncated")
     report = verify(
-        _open_data(args, overrides),
-        workers=args.workers,
+        source,
+        **{name: data[name] for name in names if data},
+        workers=cpu_count() if args.workers is None else args.workers,
         json_file=args.json,
         hashes=args.hashes,
         write_hashes=args.write_hashes,
@@ -94,7 +98,7 @@ def _data_verify(args, overrides):
 
 
 def _data_index(args, _):
-    from uta_jax.data.tars import build_index
+    from uta_jax.data.tarbuild import build_index
 
     for name, value in build_index(args.path, split=args.split).items():
         print(f"{name:9} {value}")
@@ -103,20 +107,25 @@ def _data_index(args, _):
 def _data_bench(args, overrides):
     from uta_jax.data.bench import bench
 
-    source = _open_data(args, overrides) if args.data else None
-    bench(source, args.image_size, seconds=args.seconds, workers=args.workers, json_file=args.json)
+    source, data = _open_data(args, overrides) if args.data else (None, None)
+    options = {"crop_scale": data.crop_scale} if data else {}
+    options |= {"seconds": args.seconds, "workers": args.workers, "json_file": args.json}
+    bench(source, args.image_size, **options)
 
 
 def _open_data(args, overrides):
-    """The training examples of a recipe, or those at a path."""
+    """(training examples, section `data`) of a recipe, or (those at a path, None)."""
     from uta_jax.data.sources import open_source
     from uta_jax.data.verify import guess_kind
 
     if args.data.endswith(".py"):
         from uta_jax.config import open_data
 
-        return open_data(read_config(args.data, overrides).data)
-    return open_source(args.source or guess_kind(args.data), args.data, args.split)
+        if args.source or args.split:
+            raise UserError("--source, --split: a recipe names its own; --config.data.split=NAME")
+        data = read_config(args.data, overrides).data
+        return open_data(data), data
+    return open_source(args.source or guess_kind(args.data), args.data, args.split), None
 
 
 def _data(args, overrides):
@@ -181,7 +190,7 @@ DATA = {
         "uta-jax data verify data/emoji_scenes --split=train --write-hashes=hashes.txt",
         (
             _DATA, _SOURCE, _SPLIT, _JSON,
-            ("--workers", {"type": int, "default": os.cpu_count(), "help": "processes that read"}),
+            ("--workers", {"type": int, "help": "processes that read (default: all processors)"}),
             ("--write-hashes", {"help": "write a hash of every example to this file"}),
             ("--hashes", {"help": "compare every example with a file of hashes written before"}),
         ),

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from uta_jax import UserError, masking
 from uta_jax.data import sources
+from uta_jax.data.loader import Reading
 from uta_jax.models import presets
 from uta_jax.models.presets import ClipSpec
 from uta_jax.models.vit import REMAT
@@ -210,6 +211,11 @@ def open_data(data: ConfigDict) -> sources.Source:
     if data.mixture:
         return sources.open_mixture(data.mixture)
     return sources.open_source(data.source, data.path, data.split)
+
+
+def reading_of(data: ConfigDict) -> Reading:
+    """How the section ``data`` has examples read, for training and for evaluation."""
+    return Reading(data.workers, data.threads, data.timeout_s, data.allow_truncated)
 
 
 @contextmanager

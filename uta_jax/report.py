@@ -188,6 +188,7 @@ def _training_crops(run: SavedRun) -> np.ndarray:
         image_size=run.task.student.image_size,
         crop_scale=data.crop_scale,
         flip=data.flip,
+        reading=configs.reading_of(data),
     )
     batch = next(loader)
     loader.close()

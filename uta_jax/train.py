@@ -30,7 +30,7 @@ from uta_jax import config as configs
 from uta_jax import mesh as meshes
 from uta_jax.checkpoint import Checkpoints
 from uta_jax.config_files import load_config, save_config
-from uta_jax.data.loader import Reading, TrainLoader
+from uta_jax.data.loader import TrainLoader
 from uta_jax.data.sources import open_source
 from uta_jax.data.tokenizer import Tokenizer
 from uta_jax.evals.zeroshot import ZeroShot
@@ -118,7 +118,8 @@ def make_evaluator(config: ConfigDict, recipe: Recipe, mesh, teacher_text: dict 
     with configs.blame("config.eval"):
         source = open_source(config.eval.source, config.eval.path, config.eval.split)
         sharding = meshes.batch_sharding(mesh)
-        zeroshot = ZeroShot(source, config.eval.templates, config.eval.batch_size, sharding)
+        options = (sharding, configs.reading_of(config.data))
+        zeroshot = ZeroShot(source, config.eval.templates, config.eval.batch_size, *options)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         params = meshes.fetch(state.ema or state.params)
@@ -156,7 +157,7 @@ def _make_loader(run: Run, source) -> TrainLoader:
         flip=data.flip,
         tokenizer=Tokenizer(task.text.context) if task.text else None,
         sharding=meshes.batch_sharding(run.mesh),
-        reading=Reading(data.workers, data.threads, data.timeout_s, data.allow_truncated),
+        reading=configs.reading_of(data),
         max_bad_fraction=data.max_bad_fraction,
         bad_file=run.workdir / "bad_examples.jsonl",
     )

@@ -34,7 +34,8 @@ def write_shards(root: Path, files: int, shards: int = 8) -> None:
 
 
 def index_and_open(files: int) -> None:
-    from uta_jax.data.tars import TarSource, build_index
+    from uta_jax.data.tarbuild import build_index
+    from uta_jax.data.tars import TarSource
 
     with tempfile.TemporaryDirectory() as root:
         write_shards(Path(root), files)

@@ -1,9 +1,12 @@
 """A source of pictures some of which do harm to who reads them; workers can import it quickly."""
 
 import os
-import resource
 import signal
+import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 
 from pictures import Pictures
 
@@ -44,15 +47,26 @@ class Faulty(Pictures):
 
     def turn_back_the_clock(self, image):
         """Once and for all, in the process that reads."""
-        if not os.path.exists(self.beside):
+        with suppress(FileExistsError), open(self.beside, "x") as file:  # one thread alone
             before, now = time.time(), iter(range(10**9, 0, -3600))
             time.time = lambda: next(now)
-            with open(self.beside, "w") as file:
-                file.write(str(time.time() < before))
+            file.write(str(time.time() < before))
         return image
 
-    def note_limits(self, image):
-        """What the process that reads was given."""
-        with open(self.beside, "w") as file:
-            file.write(str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+    def die_after_a_slow_one(self, image):
+        """Of `at`, the first takes long and the others kill who reads them."""
+        if image != super().image(self.at[0]):
+            self.die(image)
+        time.sleep(0.5)
         return image
+
+
+@dataclass(frozen=True)
+class Modules:
+    """A job that gives what its process has imported after another job."""
+
+    job: Callable
+
+    def __call__(self, position, index, pixels, note):
+        self.job(position, index, pixels, note)
+        return sorted(sys.modules)

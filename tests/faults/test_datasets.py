@@ -23,7 +23,6 @@ from uta_jax.data.sources import (
     ParquetSource,
     TarSource,
     TfdsSource,
-    check_source,
 )
 
 
@@ -65,7 +64,7 @@ def test_tar_index_with_another_count(tmp_path):
     assert (now.st_size, now.st_mtime_ns) == (about.st_size, about.st_mtime_ns)
     with tarfile.open(tmp_path / "00001.tar") as tar:
         assert len(tar.getnames()) == 3
-    assert [*check_source(source)] == ["00001.tar: 4 examples in the index, 3 now"]
+    assert [*source.problems()] == ["00001.tar: 4 examples in the index, 3 now"]
 
 
 def test_array_record_and_parquet_with_another_count(tmp_path):
@@ -76,8 +75,8 @@ def test_array_record_and_parquet_with_another_count(tmp_path):
     file = write_record_files(tmp_path / "records", examples=5) / "x.array_record-00000-of-00003"
     write_parquets(tmp_path / "tables", examples=5)
     assert ArrayRecordReader(str(file)).num_records() == 5
-    assert [*check_source(records)][0] == f"{file.name}: 5 records, expected 4"
-    assert [*check_source(tables)][0].endswith("not what was opened, 5 rows now")
+    assert [*records.problems()][0] == f"{file.name}: 5 records, expected 4"
+    assert [*tables.problems()][0].endswith("not what was opened, 5 rows now")
 
 
 # Row 34: shards that are cut off.
@@ -178,6 +177,32 @@ def test_records_damaged_in_place_are_bad_examples(tmp_path):
     assert source[1]["text"] == "caption 1"
 
 
+def test_a_damaged_tfds_record_is_a_bad_example(scenes, tmp_path):
+    """Though it is one of those that the fingerprint looks at."""
+    root = shutil.copytree(scenes, tmp_path / "damaged")
+    (file,) = root.glob("*train*")
+    at = file.read_bytes().index(TfdsSource(root, "train")[0]["image"][:64])
+    with open(file, "r+b") as opened:
+        opened.seek(at + 100)
+        opened.write(b"damaged")
+    source = TfdsSource(root, "train")
+    with pytest.raises(BadExample, match="record 0 cannot be read"):
+        source[0]
+    assert source[1]["label"] is not None and len(source) == 40
+
+
+def test_tfds_descriptions_that_cannot_be_read(scenes, tmp_path):
+    root = shutil.copytree(scenes, tmp_path / "garbage")
+    (root / "features.json").unlink()
+    with pytest.raises(UserError, match="no sound TFDS dataset"):
+        TfdsSource(root, "train")
+    (root / "dataset_info.json").write_text("garbage")
+    with pytest.raises(UserError, match="no sound TFDS dataset") as error:
+        TfdsSource(root, "train")
+    assert "\n" not in str(error.value)
+    assert len(TfdsSource(f"file://{scenes}", "train")) == 40
+
+
 # Row 35: keys that come twice.
 
 
@@ -197,7 +222,7 @@ def test_duplicate_keys_in_two_shards(tmp_path):
     with tarfile.open(tmp_path / "a.tar") as a, tarfile.open(tmp_path / "b.tar") as b:
         assert set(a.getnames()) & set(b.getnames()) == {"1.png"}
     assert keys(source) == ["a/0", "a/1", "b/1", "b/2"]
-    assert [*check_source(source)] == ["b.tar: key 1 is also in a.tar"]
+    assert [*source.problems()] == ["b.tar: key 1 is also in a.tar"]
 
 
 # Row 36: a shard is missing.
@@ -265,9 +290,8 @@ def test_hostile_members(member, words, tmp_path):
         (hostile,) = (found for found in tar if "evil" in found.name)
         out = tmp_path / "out"
         assert not (out / hostile.name).resolve().is_relative_to(out) or not hostile.isreg()
-    before = sorted(tmp_path.rglob("*"))
+    before = set(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=f"1 of 1 shards.*x.tar: member .*{words}.*refused"):
         TarSource(tmp_path / "in")
-    new = set(tmp_path.rglob("*")) - set(before)
-    assert all(path.suffix == ".tarindex" for path in new)
+    assert set(tmp_path.rglob("*")) == before  # no index, either
     assert not Path("/tmp/evil.png").exists()

@@ -3,6 +3,7 @@
 Each test shows its fault first.
 """
 
+import copy
 import errno
 import json
 import os
@@ -13,11 +14,19 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from example_data import png, write_images, write_tars
+from example_data import (
+    png,
+    write_folders,
+    write_images,
+    write_parquets,
+    write_record_files,
+    write_tars,
+)
 
 from uta_jax import UserError
 from uta_jax.data import BadExample
-from uta_jax.data.sources import ImageFolder, TarSource, check_source
+from uta_jax.data.loader import TrainLoader
+from uta_jax.data.sources import ArrayRecordSource, ImageFolder, ParquetSource, TarSource
 
 NOBODY = 65534
 
@@ -48,28 +57,82 @@ def test_file_deleted_after_listing(tmp_path):
     with pytest.raises(BadExample, match="a.png: cannot be read .No such file"):
         source[0]
     assert source[1]["key"] == "b.png"
-    assert [*check_source(source)] == ["a.png: gone since the folder was listed"]
+    assert [*source.problems()] == ["a.png: gone since the folder was listed"]
 
 
 def test_file_added_after_listing_is_no_part_of_it(tmp_path):
     source = ImageFolder(write_images(tmp_path, "b.png"))
     write_images(tmp_path, "a.png", "c.png")
     assert len(os.listdir(tmp_path)) == 3 and keys(source) == ["b.png"]
-    assert [*check_source(source)] == [
+    assert [*source.problems()] == [
         "a.png: new since the folder was listed",
         "c.png: new since the folder was listed",
     ]
 
 
-def test_shard_deleted_after_opening(tmp_path):
-    source = TarSource(write_tars(tmp_path))
-    (tmp_path / "00001.tar").unlink()
+@pytest.mark.parametrize(
+    "kind, write, name",
+    [
+        (TarSource, write_tars, "00001.tar"),
+        (ArrayRecordSource, write_record_files, "x.array_record-00001-of-00003"),
+        (ParquetSource, write_parquets, "train-00001-of-00003.parquet"),
+    ],
+)
+def test_a_shard_deleted_after_opening_ends_the_run(kind, write, name, tmp_path):
+    """Thousands of examples are not to be skipped one by one."""
+    source = copy.deepcopy(kind(write(tmp_path)))  # with no file open yet, as in a worker
+    (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError):
-        os.stat(tmp_path / "00001.tar")
-    with pytest.raises(BadExample, match="00001.tar: cannot be read .No such file"):
+        os.stat(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: cannot be read .*No such file") as error:
         source[4]
-    assert source[3]["key"] == "00000/0003"
-    assert any("00001.tar: cannot be read" in line for line in check_source(source))
+    assert not isinstance(error.value, BadExample)
+    assert source[3]["key"]
+    assert any(line.startswith(f"{name}: c") for line in source.problems())
+
+
+@pytest.mark.parametrize("kind, write", [(TarSource, write_tars), (ImageFolder, write_folders)])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE])
+def test_trouble_that_may_pass_makes_no_bad_example(kind, write, number, tmp_path, monkeypatch):
+    source, pread = kind(write(tmp_path)), os.pread
+
+    def failing(descriptor, count, offset):
+        if not os.readlink(f"/proc/self/fd/{descriptor}").endswith("index"):
+            raise OSError(number, os.strerror(number))
+        return pread(descriptor, count, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    with pytest.raises(UserError, match="cannot be read") as error:
+        source[4]
+    assert not isinstance(error.value, BadExample)
+    assert ("ulimit -n" in str(error.value)) == (number == errno.EMFILE)
+
+
+def test_a_run_goes_on_without_the_files_it_cannot_read(no_rights):
+    """Rows 25, 26 and 28 through the loader: each is counted, listed, and replaced."""
+    root, become_nobody = no_rights
+    images = [f"{n}.png" for n in range(8)]
+    write_images(root, *images)
+    source = ImageFolder(root)
+    (root / "2.png").unlink()
+    (root / "3.png").chmod(0)
+    (root / "4.png").unlink()
+    (root / "4.png").symlink_to("nothing.png")
+    (root / "out").mkdir()
+    (root / "out").chmod(0o777)
+    listed = root / "out" / "bad.jsonl"
+    stream = TrainLoader(
+        source, batch_size=8, seed=1, image_size=8, crop_scale=(0.4, 1), max_bad_fraction=1,
+        bad_file=listed, process_index=0, process_count=1,
+    )  # fmt: skip
+    become_nobody()
+    used = next(stream)["index"].tolist()
+    stream.close()
+    assert len(used) == 8 and not {2, 3, 4} & set(used) and stream.bad_examples >= 3
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    found = {row["index"]: row["reason"] for row in rows}
+    assert sorted(found) == [2, 3, 4] and "2.png: cannot be read (No such file" in found[2]
+    assert "Permission denied" in found[3] and "4.png: cannot be read" in found[4]
 
 
 # Row 26: permission denied.
@@ -129,7 +192,7 @@ def test_link_loops(tmp_path):
     assert loop.value.errno == errno.ELOOP
     source = ImageFolder(tmp_path)
     assert keys(source) == ["a.png"] and source.describe()["left out"] == 2
-    assert [line.split(":")[0] for line in check_source(source)] == ["one.png", "two.png"]
+    assert [line.split(":")[0] for line in source.problems()] == ["one.png", "two.png"]
 
 
 def test_dangling_links_and_pipes(tmp_path):
@@ -144,7 +207,7 @@ def test_dangling_links_and_pipes(tmp_path):
     source = ImageFolder(tmp_path / "in")
     assert keys(source) == ["a.png", "real.png"]  # the listing never leaves the root
     assert source.describe()["left out"] == 2
-    assert sum("left out: a dangling link" in line for line in check_source(source)) == 2
+    assert sum("left out: a dangling link" in line for line in source.problems()) == 2
 
 
 def test_file_that_became_a_pipe_does_not_block(tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from uta_jax import UserError
 from uta_jax.data import BadExample
 from uta_jax.data.decode import MAX_BYTES, decode, jpeg_size
 from uta_jax.data.transforms import eval_transform, to_input, train_transform
@@ -133,6 +134,16 @@ def test_6_a_flipped_byte_mostly_decodes_without_a_word():
         for transform in transforms(16):  # both accept what Pillow accepts
             assert transform(data).shape == (16, 16, 3)
     assert silent > 3
+
+
+def test_4_a_process_in_which_pillow_fills_up_truncated_images_is_refused(monkeypatch):
+    """Other code sets the flag for all; which images are bad would depend on who imported it."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = encode(noise(32, 32))
+    assert pillow(data[: len(data) // 2]).shape == (32, 32, 3)
+    with pytest.raises(UserError, match="LOAD_TRUNCATED_IMAGES is set") as error:
+        decode(data)
+    assert not isinstance(error.value, BadExample)
 
 
 def test_7_trailing_garbage_is_ignored():

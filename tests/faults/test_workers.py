@@ -16,11 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faulty import Faulty
+from example_data import write_record_files, write_tars
+from faulty import Faulty, Modules
 from pictures import Pictures
 
 from uta_jax import UserError
+from uta_jax.data.examples import TrainExamples
 from uta_jax.data.loader import Reading, TrainLoader, eval_batches
+from uta_jax.data.pictures import Pictures as BenchPictures
+from uta_jax.data.sources import ArrayRecordSource, TarSource
+from uta_jax.data.workers import Crew
 
 TESTS = Path(__file__).parents[1]
 
@@ -115,21 +120,23 @@ def test_30_31_32_too_little_data_is_refused_before_anything_is_read():
 # A dataset, seed or worker count that changed
 
 
-def test_40_a_dataset_that_grew_is_refused_with_a_diff(tmp_path):
-    from uta_jax.data.sources import open_source
-
-    def write(number):
-        (tmp_path / f"{number:02}.png").write_bytes(Pictures(99).image(number))
-
-    for number in range(16):
-        write(number)
-    state = loader(open_source("folder", tmp_path, "")).state()
-    write(16)
-    source = open_source("folder", tmp_path, "")
-    assert len(source) == 17
-    with pytest.raises(UserError, match="fingerprint: .*examples: 16 -> 17.*--allow_data_change"):
+@pytest.mark.parametrize(
+    "shards, examples, change",
+    [
+        (4, 4, "examples: 12 -> 16; shards: 3 -> 4"),  # grew
+        (2, 4, "examples: 12 -> 8; shards: 3 -> 2"),  # shrank
+        (2, 6, "shards: 3 -> 2"),  # the same examples in other shards
+    ],
+)
+def test_40_a_dataset_that_changed_is_refused_with_a_diff(shards, examples, change, tmp_path):
+    state = loader(TarSource(write_tars(tmp_path))).state()
+    for file in tmp_path.glob("*.tar"):
+        file.unlink()
+    source = TarSource(write_tars(tmp_path, shards, examples))
+    assert len(source) == shards * examples
+    with pytest.raises(UserError, match=f"fingerprint: .*{change}.*--allow_data_change"):
         loader(source).resume(state)
-    assert "examples: 16 -> 17" in loader(source).resume(state, allow_change=True)
+    assert change in loader(source).resume(state, allow_change=True)
 
 
 def test_41_workers_may_change_at_a_resume_but_not_the_seed():
@@ -202,12 +209,27 @@ def test_44_a_worker_killed_from_outside():
     wait_for(lambda: is_gone(pids[0]))  # none is left behind
 
 
-def test_44_workers_load_no_jax():
+def test_44_a_healthy_worker_at_an_earlier_row_takes_no_blame():
+    """The dead one gets more chunks meanwhile, and its death is asked for with each."""
+    stream = loader(Pictures(40))
+    first, _, _, fatal, *_ = next(stream)["index"].tolist()
+    stream.close()
+    stream = loader(Faulty(40, "die_after_a_slow_one", at=(first, fatal)), workers=2)
+    message = str(until_it_fails(stream))
+    assert re.search(r"data worker [01] \(pid \d+\) was killed by signal 9", message), message
+    assert f"example {fatal} of the data" in message
+
+
+def test_44_workers_load_no_jax(tmp_path):
     """A second JAX would take the accelerator, or memory."""
-    names = "from uta_jax.data import processes, examples; import sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", names], cwd=TESTS.parent, capture_output=True)
-    modules = set(done.stdout.decode().split())
-    assert "uta_jax.data.processes" in modules and not modules & {"jax", "grain", "torch"}
+    source = BenchPictures(tmp_path, 2)  # of `uta-jax data bench`
+    job = Modules(TrainExamples(source, 0, 8, (0.4, 1), (0.7, 1.4), True))
+    crew = Crew(job, (1, 8, 8, 3), workers=1, threads=0, timeout_s=30)
+    ((_, (modules,)),) = crew.run([[(0, 0)]])
+    crew.stop()
+    crew.close()
+    assert "uta_jax.data.pictures" in modules
+    assert not {"jax", "grain", "torch", "tensorflow"} & set(modules)
 
 
 def test_44_workers_end_with_a_trainer_that_is_killed():
@@ -232,10 +254,11 @@ def test_45_too_little_shared_memory_is_said_at_the_start():
     assert "data.batch_size" in message and "data.workers=0" in message
 
 
-SMALL_DISKS = "mount -t tmpfs -o size=1M none /dev/shm && mount -t tmpfs -o ro none /tmp"
+SMALL_DISKS = "mount -t tmpfs -o size=1M none /dev/shm && mount -t tmpfs -o ro,size=4k none /tmp"
+FULL = "mount -o remount,rw /tmp && ! head -c 9999 /dev/zero 2>/dev/null > /tmp/full"
 
 
-def test_45_49_a_small_dev_shm_and_a_read_only_tmp_do_not_matter():
+def test_45_49_a_small_dev_shm_and_a_read_only_or_full_tmp_do_not_matter():
     if subprocess.run(["unshare", "-rm", "sh", "-c", SMALL_DISKS], capture_output=True).returncode:
         pytest.skip("no mounts of our own here")
     check = (
@@ -244,13 +267,20 @@ def test_45_49_a_small_dev_shm_and_a_read_only_tmp_do_not_matter():
         "except OSError as e:\n    assert e.errno == errno.EROFS\n"
         "size = 3 * 8 * 256**2 * 3; assert size > 2**20\n"
     )
-    take = check + program("print(sum(len(next(stream)['image']) for _ in range(9)))", size=256)
+    body = f"""
+        print(sum(len(next(stream)['image']) for _ in range(9)))
+        subprocess.run({FULL!r}, shell=True, check=True)
+        stream.close()
+        stream = loader(Pictures(40), workers=2, image_size=256)
+        print(sum(len(next(stream)['image']) for _ in range(9)))
+    """
+    take = check + program(body, size=256)
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", f'{SMALL_DISKS} && exec "$@"', "-", sys.executable, "-c",
          take],
         env=environment(), cwd=TESTS.parent, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.stdout == "72\n", done.stderr
+    assert done.stdout == "72\n72\n", done.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -286,23 +316,33 @@ def test_47_workers_ignore_sigterm_and_sigint_so_that_the_trainer_can_save():
     wait_for(lambda: all(map(is_gone, pids)))
 
 
-def test_48_few_open_files_are_enough_or_the_message_says_so(tmp_path):
-    noted = tmp_path / "limit"
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    opened = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(64, opened + 24), limits[1]))
-    try:
-        source = Faulty(40, "note_limits", at=(3,), beside=noted)
-        stream = loader(source, workers=2)
-        for _ in range(5):
-            next(stream)
+@pytest.fixture
+def few_files():
+    """A limit on open files near 64, as of `ulimit -n 64`: pytest itself has some open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(64, len(os.listdir("/proc/self/fd")) + 24)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_48_few_open_files_are_enough_for_many_shards(few_files, tmp_path):
+    source = TarSource(write_tars(tmp_path, shards=few_files + 6, examples=1))
+    for workers in (0, 2):
+        stream = loader(source, workers=workers)
+        ids = np.concatenate([next(stream)["index"] for _ in range(10)])
+        assert len(set(ids)) > few_files
         stream.close()
-        message = str(until_it_fails(loader(Pictures(40), workers=40)))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert int(noted.read_text()) == max(64, opened + 24)
+
+
+def test_48_or_the_message_says_that_they_are_too_few(few_files, tmp_path):
+    message = str(until_it_fails(loader(Pictures(40), workers=40)))
     assert "data.workers=40: Too many open files; lower data.workers" in message
     assert "ulimit -n" in message
+    # Readers of ArrayRecord files stay open.
+    source = ArrayRecordSource(write_record_files(tmp_path, files=few_files + 6, examples=1))
+    message = str(until_it_fails(loader(source)))
+    assert "Too many open files" in message and "ulimit -n" in message
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uta_jax.data.bench import TorchvisionExamples, normalised, picture
+from uta_jax.data.bench import TorchvisionExamples, normalised
 from uta_jax.data.decode import MODES, decode_jpeg
+from uta_jax.data.pictures import picture
 from uta_jax.data.transforms import eval_transform, jpeg_scale, sample_crop, train_transform
 
 SIZES = [

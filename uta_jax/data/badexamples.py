@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from uta_jax import UserError
@@ -34,7 +35,9 @@ class BadExamples:
         self.count, self._used = count, used
         if self._path is None or not self._path.exists():
             return
-        rows = [json.loads(line) for line in self._path.read_text("utf-8").splitlines()]
+        rows = []
+        with suppress(ValueError):  # what was being written when the run was killed
+            rows += map(json.loads, self._path.read_text("utf-8").splitlines())
         kept = [row for row in rows if row["position"] < position]
         self._first = [row["key"] for row in kept[:NAMED]]
         new = self._path.with_name(self._path.name + ".tmp")

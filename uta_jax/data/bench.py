@@ -6,7 +6,6 @@ loader is timed with its workers, by the wall clock, once it runs evenly; its ra
 of one worker. Where torchvision is installed, its Pillow pipeline is measured beside ours.
 """
 
-import hashlib
 import io
 import json
 import statistics
@@ -18,16 +17,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from uta_jax import UserError
 from uta_jax.data.decode import decode, decode_jpeg, jpeg_size
+from uta_jax.data.files import output
 from uta_jax.data.loader import Reading, TrainLoader
+from uta_jax.data.pictures import Pictures
 from uta_jax.data.sources import Source
 from uta_jax.data.transforms import jpeg_scale, sample_crop, train_transform
 
-# The images written for the purpose: about ImageNet's bytes per pixel, on which decoding depends.
-WRITTEN, WIDTH, HEIGHT, QUALITY = 64, 500, 375, 94
 RATIO = (3 / 4, 4 / 3)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 BATCH = 32
@@ -40,62 +39,8 @@ STEPS = {
     "torchvision": "torchvision: Pillow, RandomResizedCrop, flip, ToTensor, Normalize",
     "loader": "whole loader to uint8 batches, threads",
     "loader, processes": "whole loader to uint8 batches, worker processes",
-    "torchvision loader": "torchvision's transform in a DataLoader with as many workers",
+    "torchvision loader": "torchvision's in a DataLoader with as many workers, to float32 batches",
 }
-
-
-def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A made-up RGB image that costs a decoder about what a photograph does.
-
-    Smoothed noise with the same energy in every octave, as photographs have (Field 1987, the
-    power spectrum falls with the square of the frequency), and some shapes with sharp edges.
-    """
-    total = np.zeros((height, width, 3), np.float32)
-    for octave in range(1, 9):
-        rows, columns = 2**octave * height // width + 2, 2**octave + 2
-        grey = rng.normal(size=(rows, columns, 1))
-        coarse = (grey + 0.4 * rng.normal(size=(rows, columns, 3))).astype(np.float32)
-        for channel in range(3):
-            plane = Image.fromarray(coarse[..., channel])
-            total[..., channel] += plane.resize((width, height), Image.Resampling.BICUBIC)
-    image = Image.fromarray(np.clip(total / total.std() * 50 + 120, 0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(image, "RGBA")
-    for _ in range(12):
-        x, y, side = (int(rng.integers(n)) for n in (width, height, width // 5))
-        shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
-        shape((x, y, x + side, y + side), fill=(*rng.integers(0, 256, 3).tolist(), 140))
-    return image
-
-
-class Pictures:
-    """A source of JPEGs drawn by `picture` and written into a directory."""
-
-    class_names: tuple[str, ...] = ()
-    fields = ("image", "key")
-
-    def __init__(self, path: Path, count: int = WRITTEN):
-        self._paths = [path / f"{n:05d}.jpg" for n in range(count)]
-        for n, file in enumerate(self._paths):
-            image = picture(np.random.default_rng(n), WIDTH, HEIGHT)
-            image.save(file, "JPEG", quality=QUALITY)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"image": self._paths[index].read_bytes(), "key": self._paths[index].name}
-
-    def fingerprint(self) -> str:
-        """Of the bytes of all files."""
-        return hashlib.sha256(b"".join(p.read_bytes() for p in self._paths)).hexdigest()[:32]
-
-    def describe(self) -> dict[str, str | int]:
-        """Kind, path and count, as of every source."""
-        return {
-            "kind": "pictures",
-            "path": str(self._paths[0].parent),
-            "examples": len(self._paths),
-        }
 
 
 class TorchvisionExamples:
@@ -154,10 +99,14 @@ def bench(
       images_per_s (per core, by step), ratios, and what was measured.
 
     Raises:
-      UserError: fewer examples than one batch.
+      UserError: fewer examples than one batch, sizes below 1, or a file that cannot be written.
       BadExample: an example of the first hundred that cannot be decoded.
     """
+    for name, value in (("image_size", image_size), ("workers", workers)):
+        if value < 1:
+            raise UserError(f"--{name}={value}: must be 1 or more")
     with ExitStack() as stack:
+        json_out = stack.enter_context(output(json_file)) if json_file else None
         if source is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="uta_jax_bench_"))
             source = Pictures(Path(folder))
@@ -172,18 +121,18 @@ def bench(
             stack.enter_context(closing(batches))
             turns[name] = partial(_timed_loader, batches, workers)
         times = _in_turns(turns, seconds)
-    result = {
-        "images": len(images),
-        "bytes_per_image": round(statistics.mean(map(len, images))),
-        "image_size": image_size,
-        "crop_scale": list(crop_scale),
-        "workers": workers,
-        "images_per_s": {name: 1 / statistics.median(of) for name, of in times.items()},
-        "ratios": _ratios(times),
-    }
+        result = {
+            "images": len(images),
+            "bytes_per_image": round(statistics.mean(map(len, images))),
+            "image_size": image_size,
+            "crop_scale": list(crop_scale),
+            "workers": workers,
+            "images_per_s": {name: 1 / statistics.median(of) for name, of in times.items()},
+            "ratios": _ratios(times),
+        }
+        if json_out:
+            json_out.write(json.dumps(result, indent=2) + "\n")
     print(table(result))
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -329,7 +278,7 @@ def _in_turns(turns: dict[str, Callable], seconds: float) -> dict[str, list[floa
     times = {name: [] for name in turns}
     for turn in range(TURNS + 1):
         for name, measure in turns.items():
-            time.sleep(0.1)  # until the loader before has made its batches in advance
+            time.sleep(0.5)  # until the loader before has made its batches in advance
             taken = measure(each if turn else 0.0)
             times[name] += [taken] if turn else []
     return times
@@ -347,8 +296,10 @@ def _ratios(times: dict[str, list[float]]) -> dict[str, float]:
         ratios |= {
             "torchvision's time / our transform's, to uint8": ratio("torchvision", CROP),
             "torchvision's time / our transform's, normalised": ratio("torchvision", NORMALISE),
-            "torchvision's loader / our loader, threads": ratio("torchvision loader", "loader"),
-            "torchvision's loader / our loader, processes": ratio(
+            "torchvision's loader (float32) / our loader (uint8), threads": ratio(
+                "torchvision loader", "loader"
+            ),
+            "torchvision's loader (float32) / our loader (uint8), processes": ratio(
                 "torchvision loader", "loader, processes"
             ),
         }

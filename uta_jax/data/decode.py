@@ -21,6 +21,7 @@ from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
+    ImageFile,
     Jpeg2KImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
@@ -30,9 +31,10 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from uta_jax import UserError
 from uta_jax.data import BadExample
+from uta_jax.data.files import MAX_BYTES
 
-MAX_BYTES = 128 * 2**20  # of the encoded file
 MAX_PIXELS = 64_000_000  # refused from the header, before anything is allocated
 MAX_ASPECT = 50  # a 2 x 4000 image would become 448000 x 224 when its short side is resized
 # Other modes (16-bit, float) lose their values silently in convert("RGB").
@@ -56,6 +58,7 @@ FORMATS = tuple(
 SCALES = (8, 4, 2)  # 1/n: the sizes that libjpeg-turbo's fast inverse transforms produce
 
 # Pillow warns of broken metadata, which is ignored, and of sizes that are refused here anyway.
+# For the whole process: catch_warnings, which would undo it, is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -68,11 +71,17 @@ def decode(data: bytes, allow_truncated: bool = False) -> Image.Image:
 
     Raises:
       BadExample: not an image, truncated, too large, too thin, or a mode that RGB cannot hold.
+      UserError: Pillow was told, by other code in this process, to accept truncated images.
     """
     _check_bytes(data)
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise UserError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, which would fill up truncated images; set "
+            "it to False (data.allow_truncated takes truncated JPEGs)"
+        )
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(*image.size)
+        check_size(*image.size)
         image.load()
     except (BadExample, MemoryError):
         raise
@@ -107,7 +116,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    _check_size(width, height)
+    check_size(width, height)
     return (width, height) if colours in ("Gray", "YCbCr", "RGB") else None
 
 
@@ -141,7 +150,8 @@ def _check_bytes(data: bytes) -> None:
         raise BadExample(f"file of {len(data)} bytes: at most {MAX_BYTES} are decoded")
 
 
-def _check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int) -> None:
+    """Raise BadExample for an image too large or too thin."""
     if width * height > MAX_PIXELS:
         raise BadExample(f"image of {width}x{height} pixels: at most {MAX_PIXELS} are decoded")
     if max(width, height) > MAX_ASPECT * min(width, height):

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from uta_jax import UserError
+from uta_jax.data.files import cpu_count
 
 NAME, VERSION = "emoji_scenes", "1.0.0"
 SPLITS = ("train", "val_single", "val_scenes")
@@ -257,11 +258,6 @@ def _drawing_map(processes: int):
         pool.shutdown(cancel_futures=True)
 
 
-def _cpu_count() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def _builder(data_dir: str, generators: dict, size: int):
     """The TFDS builder; its class is made here because importing TFDS takes half a second."""
     import tensorflow_datasets as tfds
@@ -392,7 +388,7 @@ def build(
         print(f"{out}: {NAME} is already built; using it")
         return out
     try:
-        _build(out, recipe, processes or _cpu_count(), progress)
+        _build(out, recipe, processes or cpu_count(), progress)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written ({error.strerror or error})") from error
     return out

@@ -56,7 +56,7 @@ class TrainExamples:
     ) -> Loaded:
         bad = []
         for attempt in range(1, ATTEMPTS + 1):
-            found = _Reading(self.source, index, note)
+            found = _Example(self.source, index, note)
             try:
                 example = found.example()
                 pixels[:] = train_transform(
@@ -95,7 +95,7 @@ class EvalExamples:
     def __call__(
         self, position: int, index: int, pixels: np.ndarray, note: Callable[[str], None]
     ) -> Loaded:
-        found = _Reading(self.source, index, note)
+        found = _Example(self.source, index, note)
         try:
             pixels[:] = eval_transform(
                 found.example()["image"],
@@ -105,7 +105,7 @@ class EvalExamples:
                 self.resize_size,
                 allow_truncated=self.allow_truncated,
             )
-            values = found.values(self.tokenizer)
+            values = found.values(self.tokenizer, len(self.source.class_names))
             return Loaded(values | {"valid": np.bool_(position == index)}, ())
         except BadExample as error:
             pixels[:] = 0
@@ -121,7 +121,21 @@ class EvalExamples:
         return values
 
 
-class _Reading:
+def checked_label(label: int, classes: int = 0) -> np.int32:
+    """A label as a batch holds it.
+
+    Training takes any number, -1 of an unlabelled split too; evaluation only those of `classes`.
+
+    Raises:
+      BadExample: no number of a class, or none of 32 bits.
+    """
+    low, high = (0, classes) if classes else (-(2**31), 2**31)
+    if not low <= label < high:
+        raise BadExample(f"label {label} is not in {low} .. {high - 1}")
+    return np.int32(label)
+
+
+class _Example:
     """One example while it is read; `key` is the best name known so far."""
 
     def __init__(self, source: Source, index: int, note: Callable[[str], None]):
@@ -134,11 +148,16 @@ class _Reading:
         self._note(self.key)
         return self._example
 
-    def values(self, tokenizer: Tokenizer | None) -> dict[str, np.generic | np.ndarray]:
-        """index int32, label int32 of a labelled source, text int32 [l] with a tokenizer."""
+    def values(
+        self, tokenizer: Tokenizer | None, classes: int = 0
+    ) -> dict[str, np.generic | np.ndarray]:
+        """index int32, label int32 of a labelled source, text int32 [l] with a tokenizer.
+
+        classes: as in checked_label.
+        """
         values = {"index": np.int32(self._index)}
         if "label" in self._source.fields:
-            values["label"] = np.int32(self._example["label"])
+            values["label"] = checked_label(self._example["label"], classes)
         if tokenizer is not None:
             if "text" not in self._example:
                 raise BadExample("has no text")

@@ -5,6 +5,7 @@ backend of it is installed. Nothing is held open between reads, so that threads,
 processes share no state, and any number of shards fits any limit on open files.
 """
 
+import contextlib
 import errno
 import glob
 import hashlib
@@ -13,17 +14,20 @@ import operator
 import os
 import stat as stat_module
 import threading
+import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from uta_jax import UserError
 from uta_jax.data import BadExample, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-MAX_BYTES = 2**28  # of one image: 256 MiB; a larger one would be read whole into memory
-# The trouble of this process, not of the example: never a reason to skip one.
-_OWN_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+MAX_BYTES = 2**27  # of one image: 128 MiB; a larger one would be read whole into memory
+# What stays so when the file is read again. All other trouble may pass (a network disk that hangs,
+# too many open files), and an example skipped for it would make other batches than without it.
+_LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP}
 
 
 def digest(*parts) -> str:
@@ -131,8 +135,8 @@ def read_ranges(
     """The bytes at each (offset, count) of a file; expected is what stat gave earlier.
 
     Raises:
-      BadExample: gone, no permission, a bad disk, shorter than the ranges, or a range too large.
-      UserError: a local file that is not the expected one, or trouble of this process.
+      BadExample: a range too large.
+      UserError: cannot be read, shorter than the ranges, or not the expected file.
     """
     if (largest := max(count for _, count in ranges)) > MAX_BYTES:
         raise BadExample(f"{path}: {largest} bytes in one piece, at most {MAX_BYTES} are read")
@@ -142,7 +146,7 @@ def read_ranges(
         parts = _read_local(path, ranges, expected)
     for part, (offset, count) in zip(parts, ranges, strict=True):
         if len(part) != count:
-            raise BadExample(f"{path}: ends before byte {offset + count}")
+            raise UserError(f"{path}: ends before byte {offset + count}")
     return parts
 
 
@@ -159,7 +163,7 @@ def _read_local(path: str | bytes, ranges, expected=None) -> list[bytes]:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise UserError(unreadable(path, error)) from None
 
 
 def _read_remote(path: str, ranges) -> list[bytes]:
@@ -169,11 +173,10 @@ def _read_remote(path: str, ranges) -> list[bytes]:
         starts, ends = [start for start, _ in wanted], [end for _, end in wanted]
         parts = iter(fs.cat_ranges([name] * len(wanted), starts, ends, on_error="raise"))
         return [next(parts) if count else b"" for _, count in ranges]
-    except (FileNotFoundError, PermissionError) as error:
-        raise unreadable(path, error) from None
     except Exception as error:  # of whatever kind the backend raises, after its own retries
         # Never skipped: what a bad network keeps back would be another batch than without it.
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise UserError(f"{path}: cannot be read ({reason})") from None
 
 
 def read_whole(path: str | bytes) -> bytes:
@@ -181,7 +184,7 @@ def read_whole(path: str | bytes) -> bytes:
 
     Raises:
       BadExample: gone, no permission, not a regular file, too large.
-      UserError: trouble of this process.
+      UserError: trouble that may pass.
     """
     try:
         # Without waiting: opening a pipe would otherwise wait for somebody to write.
@@ -196,15 +199,61 @@ def read_whole(path: str | bytes) -> bytes:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise unreadable(path, error) from None
+        kind = BadExample if error.errno in _LASTING else UserError
+        raise kind(unreadable(path, error)) from None
 
 
-def unreadable(path: str | bytes, error: OSError) -> UserError:
-    """The error to raise for a file that cannot be read."""
-    reason = error.strerror or str(error) or type(error).__name__
-    if error.errno in _OWN_TROUBLE:
-        return UserError(f"{shown(path)}: {reason}; raise the limit (ulimit -n) or use less")
-    return BadExample(f"{shown(path)}: cannot be read ({reason})")
+def unreadable(path: str | bytes, error: Exception) -> str:
+    """What to say of a file that cannot be read."""
+    reason = getattr(error, "strerror", "") or str(error) or type(error).__name__
+    few = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+    hint = "; raise the limit (ulimit -n)" if few else ""
+    return f"{shown(path)}: cannot be read ({printable(reason)}){hint}"
+
+
+@contextlib.contextmanager
+def output(path: str | os.PathLike) -> Iterator[TextIO]:
+    """A text file to write: it appears whole, when the context ends, or not at all.
+
+    Raises:
+      UserError: it cannot be written there; as early as can be known.
+    """
+    target = os.path.realpath(path)
+    special = os.path.exists(target) and not os.path.isfile(target)  # a pipe, a terminal
+    place = target if special else f"{target}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(place, "w", encoding="utf-8") as file:
+            yield file
+        if not special:
+            os.replace(place, target)
+    except OSError as error:
+        raise UserError(f"{shown(os.fspath(path))}: {error.strerror or error}") from None
+    finally:
+        if not special and os.path.exists(place):
+            os.unlink(place)
+
+
+def spread(count: int, length: int) -> list[int]:
+    """At most `count` numbers, evenly over 0 .. length - 1."""
+    return sorted({n * length // count for n in range(count)})
+
+
+def sample_images(source) -> list[str]:
+    """Hashes of 16 images of a source, for its fingerprint: a file can change and keep its size."""
+
+    def of(index: int) -> str:
+        try:
+            return hashlib.sha256(source[index]["image"]).hexdigest()
+        except BadExample:  # which is no reason not to open the others
+            return "unreadable"
+
+    return [of(index) for index in spread(16, len(source))]
+
+
+def cpu_count() -> int:
+    """How many processors this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def shown(path: str | bytes) -> str:

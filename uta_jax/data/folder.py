@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from uta_jax import UserError
-from uta_jax.data import BadExample, printable
+from uta_jax.data import printable
 from uta_jax.data.files import (
     IMAGE_SUFFIXES,
     checked_index,
@@ -19,11 +19,11 @@ from uta_jax.data.files import (
     is_remote,
     local_if_file_url,
     read_whole,
+    sample_images,
     shown,
 )
 
 _SUFFIXES = tuple(os.fsencode(suffix) for suffix in IMAGE_SUFFIXES)
-_SAMPLES = 16  # images whose content is part of the fingerprint
 
 
 class ImageFolder:
@@ -58,7 +58,7 @@ class ImageFolder:
             )
         self._name_classes()
         self.fields = ("image", "key", *(("label",) if self.class_names else ()))
-        self._fingerprint = digest("folder", self._listing, self.class_names, self._sample())
+        self._fingerprint = digest("folder", self._listing, self.class_names, sample_images(self))
 
     def _list(self) -> None:
         """Fill the table of names: all in one piece of memory, without an object for each."""
@@ -103,17 +103,6 @@ class ImageFolder:
         if self._labels is not None:
             example["label"] = self._labels[folder]
         return example
-
-    def _sample(self) -> list[str]:
-        """Hashes of 16 images: a file can change and keep its size."""
-        places = sorted({n * len(self) // _SAMPLES for n in range(_SAMPLES)})
-        return [self._hash(index) for index in places]
-
-    def _hash(self, index: int) -> str:
-        try:
-            return hashlib.sha256(self[index]["image"]).hexdigest()
-        except BadExample:
-            return "unreadable"  # the run will skip it
 
     def fingerprint(self) -> str:
         """Of the relative paths and sizes, and the content of 16 of the files."""

@@ -79,7 +79,8 @@ class TrainLoader:
           batch_size: global, over all processes.
           sharding: where given, batches are global arrays with this sharding of the batch axis,
             sent to the devices one batch ahead; otherwise this process's rows as numpy arrays.
-          max_bad_fraction, bad_file: as in BadExamples.
+          max_bad_fraction, bad_file: as in BadExamples; process 1 and later put their number
+            into the name of the file.
           process_index, process_count: which rows of every batch this process makes; by default
             those of the running JAX process.
 
@@ -102,6 +103,8 @@ class TrainLoader:
             tokenizer,
         )  # fmt: skip
         self._reading, self._place = reading, _placer(sharding, processes)
+        if bad_file and index:
+            bad_file = bad_file.with_stem(f"{bad_file.stem}-{index}")
         self._bad = BadExamples(max_bad_fraction, bad_file)
         self._running: list = []
         # Also at exit: the workers must end before the interpreter takes their modules away.
@@ -130,6 +133,8 @@ class TrainLoader:
         return batch
 
     def _run(self) -> None:
+        if not self._start:
+            self._bad.resume(0, 0, 0)  # the file may be of a run that was killed before it saved
         size = self._job.size
         crew = self._reading.crew(self._job, (self._plan.share, size, size, 3))
         self._running.append(crew)

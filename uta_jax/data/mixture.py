@@ -61,6 +61,10 @@ class Mixture:
         """Of the parts' fingerprints and the numbers of examples they give."""
         return digest("mixture", [s.fingerprint() for s in self._sources], self._counts)
 
+    def once(self) -> "Mixture":
+        """Every example of every part once: what there is to verify."""
+        return Mixture(self._sources, [len(source) for source in self._sources])
+
     def describe(self) -> dict[str, str | int]:
         """What a change of the data is shown with: of part n with "n." before the name."""
         about: dict[str, str | int] = {"kind": "mixture", "examples": len(self)}

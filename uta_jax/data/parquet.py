@@ -161,12 +161,22 @@ class _Groups:
 
         try:
             file, lock = self._files(path)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(unreadable(path, error)) from None
+        try:
             with lock:
                 # Without Arrow's own threads: the loader has its own, and a fork would lose them.
                 return file.read_row_group(group, self._columns, use_threads=False)
-        except OSError as error:
-            raise unreadable(path, error) from None
-        except pa.ArrowException as error:
+        except MemoryError:
+            raise UserError(
+                f"{path}: no memory for row group {group}; lower data.workers, or write the file "
+                "again with smaller row groups"
+            ) from None
+        except (OSError, pa.ArrowException) as error:
+            # Damaged data comes as an OSError, too, but a plain one without a number.
+            plain = type(error) is OSError and not error.errno and not is_remote(path)
+            if isinstance(error, OSError) and not plain:
+                raise UserError(unreadable(path, error)) from None
             raise BadExample(f"{path}: row group {group} cannot be read ({error})") from None
 
 
@@ -214,7 +224,11 @@ class ParquetSource:
         path, number = self._groups.places[group]
         row = index - int(self._starts[group])
         key = f"{self._names[path]}/{number}/{row}"
-        values = {n: c[row].as_py() for n, c in self._rows(group)}
+        rows = self._rows(group)
+        try:
+            values = {name: column[row].as_py() for name, column in rows}
+        except ValueError as error:  # text that is no UTF-8
+            raise BadExample(f"{key}: {error}") from None
         example = {"image": _image(values[self._columns.image], key), "key": key}
         text = values.get(self._columns.text)
         text = next(iter(text), None) if isinstance(text, list) else text

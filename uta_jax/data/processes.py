@@ -301,14 +301,15 @@ def template() -> None:
 
 def _keep(control: Connection, pids: list[int]) -> None:
     """Answer how a worker ended; at the end, end all."""
-    alive = set(pids)
+    codes: dict[int, int] = {}  # asked for again with every chunk that a dead worker gets
     with suppress(EOFError, OSError):
         control.send(pids)
         while True:
-            pid, status = os.waitpid(pids[control.recv()], 0)
-            alive.discard(pid)
-            control.send(os.waitstatus_to_exitcode(status))
-    for pid in alive:
+            pid = pids[control.recv()]
+            if pid not in codes:
+                codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            control.send(codes[pid])
+    for pid in set(pids) - set(codes):
         os.kill(pid, signal.SIGKILL)
 
 

@@ -2,7 +2,6 @@
 
 import bisect
 import contextlib
-import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,15 @@ from typing import NamedTuple
 
 from uta_jax import UserError
 from uta_jax.data import BadExample, printable
-from uta_jax.data.files import OpenFiles, checked_index, digest, is_remote, unreadable
+from uta_jax.data.files import (
+    OpenFiles,
+    checked_index,
+    digest,
+    is_remote,
+    local_if_file_url,
+    sample_images,
+    unreadable,
+)
 from uta_jax.data.shards import find_shards, sample_bytes, some
 
 _OPEN_FILES = 64  # readers that a process keeps; each holds a file descriptor
@@ -87,10 +94,15 @@ class _Records:
     def __getitem__(self, index: int) -> bytes:
         part, position = self.place(index)
         try:
-            record = self._readers(part.path).read([position])[0]
-        except OSError as error:
-            raise unreadable(part.path, error) from None
+            reader = self._readers(part.path)
+        except (OSError, RuntimeError) as error:
+            raise UserError(unreadable(part.path, error)) from None
+        try:
+            record = reader.read([position])[0]
         except RuntimeError as error:
+            # Of a system call ("pread() failed: ...") or the network: not the record's fault.
+            if is_remote(part.path) or "() failed" in str(error):
+                raise UserError(unreadable(part.path, error)) from None
             raise BadExample(f"{part.path}: record {position} cannot be read ({error})") from None
         if not record:  # also what a reader gives for records it does not have
             raise BadExample(f"{part.path}: record {position} is empty")
@@ -129,9 +141,15 @@ class TfdsSource:
         import tensorflow_datasets as tfds
         from etils import epath  # as TFDS does, so that gs:// paths work
 
-        if not (epath.Path(path) / "dataset_info.json").exists():
+        path = local_if_file_url(path)
+        try:
+            there = (epath.Path(path) / "dataset_info.json").exists()
+            builder = tfds.builder_from_directory(path) if there else None
+        except Exception as error:  # an unknown scheme; whatever parsers raise
+            reason = printable(f"{type(error).__name__}: {error}")
+            raise UserError(f"data.path={path}: no sound TFDS dataset ({reason})") from None
+        if builder is None:
             raise UserError(f"data.path={path}: no TFDS dataset there (no dataset_info.json)")
-        builder = tfds.builder_from_directory(path)
         info = _split_info(builder.info.splits, path, split)
         _check_format(builder, path)
         self._about = {"kind": "tfds", "path": os.fspath(path), "split": split}
@@ -151,7 +169,7 @@ class TfdsSource:
         names = self._features["label"].names if "label" in self.fields else ()
         self.class_names = tuple(names)
         sizes = [(file.name, file.stat().length) for file in info.filepaths]
-        about = (split, len(self), sizes, self.class_names, self._sample())
+        about = (split, len(self), sizes, self.class_names, sample_images(self))
         self._fingerprint = digest("tfds", *about)
 
     def __len__(self) -> int:
@@ -163,16 +181,13 @@ class TfdsSource:
         try:
             found = self._features.deserialize_example_np(record, decoders=self._decoders)
             example = {name: _READ[name](found[name]) for name in self.fields}
+        except MemoryError:
+            raise
         except Exception as error:  # whatever parsers raise
             key = f"{self._about['split']}/{index}"
             raise BadExample(f"{key}: not as the features say ({error})") from None
         example.setdefault("key", f"{self._about['split']}/{index}")
         return example
-
-    def _sample(self) -> list[str]:
-        """Hashes of 16 images: ArrayRecord pads its files, so their sizes alone say little."""
-        indices = {n * len(self) // _SAMPLES for n in range(_SAMPLES)}
-        return [hashlib.sha256(self[index]["image"]).hexdigest() for index in sorted(indices)]
 
     def fingerprint(self) -> str:
         """Of the split's files, number of examples, class names and a sample of its images."""

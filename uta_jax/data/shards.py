@@ -18,6 +18,7 @@ from uta_jax.data.files import (
     listed,
     local_if_file_url,
     read_ranges,
+    spread,
     stat,
 )
 
@@ -199,7 +200,7 @@ def sample_bytes(shards: Sequence[Shard]) -> str:
     """
     ends = list(itertools.accumulate(shard.size for shard in shards))
     hashed = hashlib.sha256()
-    spots = iter(sorted({n * ends[-1] // _SAMPLES for n in range(_SAMPLES)}))
+    spots = iter(spread(_SAMPLES, ends[-1]))
     spot = next(spots, None)
     for shard, end in zip(shards, ends, strict=True):
         ranges = []

@@ -1,8 +1,8 @@
 """Where examples come from: random access by index, images still encoded.
 
-A source has ``__len__``, ``__getitem__(i) -> dict``, ``fingerprint() -> str`` and ``class_names``.
-An example holds ``image`` (encoded bytes) and ``key`` (str), and where known ``text`` (str),
-``label`` (int) and ``mask`` (PNG bytes: 0 background, class c stored as c + 1).
+A source is what Source below says. An example holds ``image`` (encoded bytes) and ``key`` (str),
+and where known ``text`` (str), ``label`` (int) and ``mask`` (PNG bytes: 0 background, class c
+stored as c + 1).
 
 Sources can be pickled, and used by several threads and by forked or spawned processes.
 """
@@ -18,7 +18,8 @@ from uta_jax.data.mixture import Mixture
 from uta_jax.data.parquet import ParquetSource
 from uta_jax.data.records import ArrayRecordSource, TfdsSource
 from uta_jax.data.synthetic import SyntheticSource
-from uta_jax.data.tars import TarSource, build_index
+from uta_jax.data.tarbuild import build_index
+from uta_jax.data.tars import TarSource
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -32,7 +33,6 @@ __all__ = [
     "TarSource",
     "TfdsSource",
     "build_index",
-    "check_source",
     "open_mixture",
     "open_source",
 ]
@@ -51,8 +51,16 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict: ...
     def fingerprint(self) -> str: ...
-    def describe(self) -> dict[str, str | int]: ...
-    def problems(self) -> Iterator[str]: ...
+    def describe(self) -> dict[str, str | int]: ...  # a changed one is shown as a diff
+
+    def problems(self) -> Iterator[str]:
+        """What is structurally wrong, a line for each fault, without decoding any image.
+
+        Files that changed, went or are cut off since the source was opened, counts that differ from
+        the index, keys that come twice, samples without an image. Reads all headers again, so that
+        it takes about as long as building the index. A source too broken says so when opened.
+        """
+        ...
 
 
 SOURCES = {
@@ -80,20 +88,7 @@ def open_mixture(parts: Sequence[tuple[str, str, str, float]]) -> Mixture:
     """Open sources given as (kind, path, split, weight), mixed by their weights.
 
     Raises:
-      UserError: as open_source, or a part or a weight that is not one.
+      UserError: as open_source, or weights that are not positive.
     """
-    for part in parts:
-        if len(part) != 4 or not isinstance(part[3], int | float):
-            raise UserError(f"data.mixture: {part!r} is not (source, path, split, weight)")
     sources = [open_source(kind, path, split) for kind, path, split, _ in parts]
     return Mixture(sources, [weight for *_, weight in parts])
-
-
-def check_source(source: Source) -> Iterator[str]:
-    """What is structurally wrong, a line for each fault, without decoding any image.
-
-    Files that changed, went or are cut off since the source was opened, counts that differ from the
-    index, keys that come twice, samples without an image. Reads all headers again, so that it takes
-    about as long as building the index. A source too broken to be opened says so when opened.
-    """
-    return source.problems()

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from uta_jax import UserError
+from uta_jax.data import BadExample
+from uta_jax.data.decode import check_size
 from uta_jax.data.files import checked_index, digest
 
 _DEFAULT = "256x256:100000"
@@ -32,7 +34,7 @@ class SyntheticSource:
         """path: "WIDTHxHEIGHT:EXAMPLES", by default 256x256:100000; each split has other images.
 
         Raises:
-          UserError: another path.
+          UserError: another path, or images that would not be decoded.
         """
         pattern = r"([1-9]\d{0,3})x([1-9]\d{0,3}):([1-9]\d{0,9})"
         found = re.fullmatch(pattern, os.fspath(path) or _DEFAULT)
@@ -42,6 +44,10 @@ class SyntheticSource:
             )
         self._width, self._height, self._length = map(int, found.groups())
         self._split = split
+        try:
+            check_size(self._width, self._height)
+        except BadExample as error:
+            raise UserError(f"data.path={path}: {error}") from None
 
     def __len__(self) -> int:
         return self._length

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -13,8 +14,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from uta_jax import UserError
-from uta_jax.data.files import cache_dir, filesystem, is_remote
-from uta_jax.data.shards import Shard, Shards, some
+from uta_jax.data.files import cache_dir, cpu_count, filesystem, is_remote
+from uta_jax.data.shards import Shard, Shards, find_shards, some
 from uta_jax.data.tarindex import ShardIndex, TarIndex, scan, write
 
 _SERIAL_BYTES = 2**26  # fewer are indexed sooner than processes are started
@@ -27,7 +28,7 @@ def current_index(shards: Shards, progress: bool | None) -> tuple[TarIndex, int]
     Kept beside the shards, or in the cache directory where that cannot be written or is remote.
 
     Raises:
-      UserError: it cannot be written in either place.
+      UserError: it cannot be written in either place, or would hold nothing.
     """
     place = _remote_copy(shards) if is_remote(shards.root) else None
     places = [place] if place else _local_places(shards)
@@ -36,7 +37,7 @@ def current_index(shards: Shards, progress: bool | None) -> tuple[TarIndex, int]
         same = [entry.name for entry in index.shards] == [shard.name for shard in shards.files]
         if same and all(_fits(index, shards)):
             return index, 0
-        old = old or index
+        old = index if old is None else old
     place = next(filter(_writable, places), None)
     if place is None:
         raise UserError(
@@ -49,23 +50,48 @@ def current_index(shards: Shards, progress: bool | None) -> tuple[TarIndex, int]
     return TarIndex(place), indexed
 
 
-def refuse_problems(shards: Shards, index: TarIndex) -> None:
-    """Refuse a set with shards that cannot be used.
+def build_index(path: str | os.PathLike, progress: bool = True, split: str = "") -> dict:
+    """Build the index of tar shards, or bring it up to date.
+
+    Returns: index (where it is), examples, shards, indexed (shards read now), bytes (of the index)
+    and seconds.
+
+    Raises:
+      UserError: no shards, missing or damaged ones (all of them named), or no image.
+    """
+    start = time.perf_counter()
+    shards = find_shards(path, split, (".tar",))
+    index, indexed = current_index(shards, progress)
+    refuse_problems(shards, index.shards)
+    return {
+        "index": index.path,
+        "examples": len(index),
+        "shards": len(shards.files),
+        "indexed": indexed,
+        "bytes": os.path.getsize(index.path),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def refuse_problems(shards: Shards, entries: Sequence[ShardIndex]) -> None:
+    """Refuse a set with shards that cannot be used, or without an image.
 
     Raises:
       UserError: naming them.
     """
-    bad = [f"{entry.name}: {entry.problem}" for entry in index.shards if entry.problem]
+    bad = [f"{entry.name}: {entry.problem}" for entry in entries if entry.problem]
     if bad:
         raise UserError(
-            f"data.path={shards.root}: {len(bad)} of {len(index.shards)} shards cannot be used: "
+            f"data.path={shards.root}: {len(bad)} of {len(entries)} shards cannot be used: "
             + some(bad)
         )
+    if not any(entry.examples for entry in entries):
+        raise UserError(f"data.path={shards.root}: {len(entries)} shards, but no image")
 
 
 def _fits(index: TarIndex | None, shards: Shards) -> list[bool]:
     """For each shard, whether the index has it, sound and as it is now, in the same place."""
-    known = {entry.name: entry for entry in index.shards} if index else {}
+    known = {entry.name: entry for entry in index.shards} if index is not None else {}
     return [
         s.name in known and known[s.name].fits(s) and not known[s.name].problem
         for s in shards.files
@@ -76,14 +102,19 @@ def _build(place: str, shards: Shards, old: TarIndex | None, progress: bool | No
     """Write the index, taking over what the old one knows; returns how many shards were read."""
     fits = _fits(old, shards)
     fresh = scanned([s for s, fit in zip(shards.files, fits, strict=True) if not fit], progress)
-    known = {entry.name: entry for entry in old.shards} if old else {}
-    if old:
+    known = {entry.name: entry for entry in old.shards} if old is not None else {}
+    if old is not None:
         print(_changes(shards, known, fits), file=sys.stderr, flush=True)
 
     def parts() -> Iterator[tuple[ShardIndex, bytes]]:
+        entries = []
         for shard, fit in zip(shards.files, fits, strict=True):
-            yield (known[shard.name], old.data(known[shard.name])) if fit else next(fresh)
+            part = (known[shard.name], old.data(known[shard.name])) if fit else next(fresh)
+            entries.append(part[0])
+            yield part
         yield from fresh  # nothing more: ends the bar
+        if not any(entry.examples for entry in entries):  # leave no file beside what is no set
+            refuse_problems(shards, entries)
 
     with contextlib.closing(fresh):
         write(place, parts())
@@ -143,16 +174,11 @@ def _scanning_map(shards: Sequence[Shard]) -> Iterator[Callable]:
 def _pool(shards: Sequence[Shard]) -> Executor | None:
     if shards and is_remote(shards[0].path):
         return ThreadPoolExecutor(min(_REMOTE_THREADS, len(shards)))
-    processes = min(_cpu_count(), len(shards))
+    processes = min(cpu_count(), len(shards))
     if processes <= 1 or sum(shard.size for shard in shards) < _SERIAL_BYTES:
         return None
     # Spawned, because fork is unsafe once JAX runs its threads.
     return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
-
-
-def _cpu_count() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _opened(place: str) -> TarIndex | None:

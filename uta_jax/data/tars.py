@@ -7,7 +7,6 @@ where all examples have one). A file classnames.txt beside the shards names the 
 
 import json
 import os
-import time
 from collections.abc import Iterator
 
 from uta_jax import UserError
@@ -40,10 +39,8 @@ class TarSource:
         self._about = {"kind": "tar", "path": os.fspath(path), "split": split}
         self._shards = find_shards(path, split, (".tar",))
         self._index, _ = current_index(self._shards, progress)
-        refuse_problems(self._shards, self._index)
-        if not len(self._index):
-            raise UserError(f"data.path={path}: {len(self._shards.files)} shards, but no image")
         entries = self._index.shards
+        refuse_problems(self._shards, entries)
         self._texts = sum(entry.texts for entry in entries)
         # Labels that some lack are left out: they could not be batched.
         self._labelled = sum(entry.labels for entry in entries) == len(self._index)
@@ -99,29 +96,6 @@ class TarSource:
                 yield f"{entry.name}: {count} samples without an image are left out, first {key}"
         for key, first, second in ti.duplicates(self._index):
             yield f"{second}: key {key} is also in {first}"
-
-
-def build_index(path: str | os.PathLike, progress: bool = True, split: str = "") -> dict:
-    """Build the index of tar shards, or bring it up to date.
-
-    Returns: index (where it is), examples, shards, indexed (shards read now), bytes (of the index)
-    and seconds.
-
-    Raises:
-      UserError: no shards, missing or damaged ones (all of them named).
-    """
-    start = time.perf_counter()
-    shards = find_shards(path, split, (".tar",))
-    index, indexed = current_index(shards, progress)
-    refuse_problems(shards, index)
-    return {
-        "index": index.path,
-        "examples": len(index),
-        "shards": len(shards.files),
-        "indexed": indexed,
-        "bytes": os.path.getsize(index.path),
-        "seconds": time.perf_counter() - start,
-    }
 
 
 def _stem(name: str) -> str:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
 from uta_jax import UserError
 from uta_jax.data import BadExample, printable
+from uta_jax.data.examples import checked_label
+from uta_jax.data.files import is_dir, listed, local_if_file_url, output
+from uta_jax.data.mixture import Mixture
 from uta_jax.data.sources import Source
 from uta_jax.data.transforms import eval_transform
 from uta_jax.data.workers import Crew
@@ -54,6 +56,8 @@ class Inspection:
             note(example["key"])
             found = _hashed(example)
             found = _header(found, example["image"])
+            if "label" in example:
+                checked_label(example["label"], len(self.source.class_names))
             eval_transform(example["image"], 32, allow_truncated=self.allow_truncated)
             return found
         except BadExample as error:
@@ -82,26 +86,41 @@ def verify(
     *,
     workers: int = 0,
     timeout_s: float = 300.0,
+    allow_truncated: bool = False,
     json_file: str | Path | None = None,
     hashes: str | Path | None = None,
     write_hashes: str | Path | None = None,
 ) -> dict:
     """Inspect every example, print a report and return it; report["good"]: nothing is bad.
 
+    Of a mixture, every example is inspected once, however often it comes in an epoch.
+
     Args:
       workers: processes; 0 for two threads.
+      timeout_s, allow_truncated: as in loader.Reading.
       hashes: a file written by `write_hashes` before; what differs from it is bad.
 
     Raises:
-      UserError: an empty source, or a file of hashes that cannot be read or written.
+      UserError: an empty source, or a file that cannot be read or written.
     """
+    about = {"source": source.describe(), "fingerprint": source.fingerprint()}
+    source = source.once() if isinstance(source, Mixture) else source
     if len(source) == 0:
         raise UserError("data: the source holds no examples")
+    if workers < 0:
+        raise UserError(f"--workers={workers}: must be 0 (threads) or more")
     tally = _Tally(len(source))
     with ExitStack() as stack:
+        json_out = stack.enter_context(output(json_file)) if json_file else None
         expected = _read_hashes(hashes, stack) if hashes else None
-        out = _open(write_hashes, "w", stack) if write_hashes else None
-        crew = Crew(Inspection(source), (BATCH, 1), workers=workers, threads=2, timeout_s=timeout_s)
+        out = stack.enter_context(output(write_hashes)) if write_hashes else None
+        crew = Crew(
+            Inspection(source, allow_truncated),
+            (BATCH, 1),
+            workers=workers,
+            threads=2,
+            timeout_s=timeout_s,
+        )
         stack.callback(crew.close)
         stack.callback(crew.stop)  # this one first
         start = time.perf_counter()
@@ -113,12 +132,10 @@ def verify(
             tally.add(index, found)
         if expected is not None and next(expected, None) is not None:
             tally.bad.append((str(hashes), f"has more than the {len(source)} examples there are"))
-    report = {"source": source.describe(), "fingerprint": source.fingerprint()}
-    report |= tally.report(lambda index: source[index]["key"], time.perf_counter() - start)
-    _add_problems(source, report)
+        report = about | tally.report(source, time.perf_counter() - start)
+        if json_out:
+            json_out.write(json.dumps(report, indent=2) + "\n")
     print(table(report))
-    if json_file:
-        Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -153,7 +170,9 @@ class _Tally:
         self._low = tuple(map(min, self._low, found.size))
         self._high = tuple(map(max, self._high, found.size))
 
-    def report(self, key_of: Callable[[int], str], seconds: float) -> dict:
+    def report(self, source: Source, seconds: float) -> dict:
+        """With what the source finds wrong with itself (an index that does not fit)."""
+        problems = list(source.problems())
         examples, good = len(self._hashes), sum(self._formats.values())
         pairs = list(_duplicates(self._hashes))
         return {
@@ -164,12 +183,12 @@ class _Tally:
             "smallest": list(self._low) if good else None,
             "largest": list(self._high) if good else None,
             "duplicates": len(pairs),
-            "duplicate_keys": [[key_of(first), key_of(again)] for first, again in pairs[:SHOWN]],
+            "duplicate_keys": [[source[n]["key"] for n in pair] for pair in pairs[:SHOWN]],
             "bad": [{"key": key, "reason": reason} for key, reason in self.bad],
-            "problems": [],
+            "problems": problems,
             "seconds": seconds,
             "images_per_s": examples / seconds,
-            "good": not self.bad,
+            "good": not self.bad and not problems,
         }
 
 
@@ -184,22 +203,12 @@ def _duplicates(hashes: np.ndarray) -> Iterator[tuple[int, int]]:
         yield int(order[first]), int(order[n + 1])
 
 
-def _add_problems(source: Source, report: dict) -> None:
-    """What a source finds wrong with itself beyond its examples (an index that does not fit)."""
-    report["problems"] = problems = list(source.problems())
-    report["good"] = report["good"] and not problems
-
-
-def _open(path: str | Path, mode: str, stack: ExitStack):
-    try:
-        return stack.enter_context(open(path, mode, encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
 def _read_hashes(path: str | Path, stack: ExitStack) -> Iterator[tuple[str, str]]:
     """(hash, key) of every line."""
-    file = _open(path, "r", stack)
+    try:
+        file = stack.enter_context(open(path, encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
     def lines() -> Iterator[tuple[str, str]]:
         for number, line in enumerate(file, 1):
@@ -249,10 +258,10 @@ def _shares(counts: dict[str, int]) -> str:
 
 def guess_kind(path: str | Path) -> str:
     """What kind of source lies at a path, judged by names alone: a key of SOURCES."""
-    path = epath.Path(path)
-    if (path / "dataset_info.json").exists():
+    path = local_if_file_url(path).rstrip("/") or "/"
+    names = listed(path) if is_dir(path) else [path.rsplit("/", 1)[-1]]
+    if "dataset_info.json" in names:
         return "tfds"
-    names = [found.name for found in path.iterdir()] if path.is_dir() else [path.name]
     for kind, ending in _ENDINGS.items():
         if any(re.search(ending, name) for name in names):
             return kind

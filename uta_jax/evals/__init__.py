@@ -7,6 +7,8 @@ import numpy as np
 
 from uta_jax import UserError
 from uta_jax.checkpoint import SavedRun, load_run
+from uta_jax.config import reading_of
+from uta_jax.data.files import output
 from uta_jax.data.sources import open_source
 from uta_jax.evals.zeroshot import ZeroShot
 from uta_jax.interop.export import hf_features
@@ -22,7 +24,8 @@ def evaluate(workdir: str | Path, exported: str = "", json_file: str = "") -> di
     figures = figures_of(run, exported)
     for path in (Path(workdir) / "evaluate.json", json_file):
         if path:
-            Path(path).write_text(json.dumps(figures, indent=2) + "\n")
+            with output(path) as file:
+                file.write(json.dumps(figures, indent=2) + "\n")
     print(table(figures))
     return figures
 
@@ -33,7 +36,7 @@ def figures_of(run: SavedRun, exported: str = "") -> dict:
     if not ev.path:
         raise UserError("config.eval.path is empty in this run: it has nothing to evaluate on")
     source = open_source(ev.source, ev.path, ev.split)
-    zeroshot = ZeroShot(source, ev.templates, ev.batch_size)
+    zeroshot = ZeroShot(source, ev.templates, ev.batch_size, reading=reading_of(run.config.data))
     figures = {"step": run.meta["step"], "chance": 1 / len(source.class_names)}
     if run.teacher:
         figures["teacher"] = zeroshot(run.teacher.spec, run.teacher.params)

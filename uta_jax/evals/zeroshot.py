@@ -15,7 +15,7 @@ from clu.metrics import Average
 from jax import Array
 
 from uta_jax import UserError
-from uta_jax.data.loader import eval_batches
+from uta_jax.data.loader import Reading, eval_batches
 from uta_jax.data.tokenizer import Tokenizer
 from uta_jax.data.transforms import to_input
 from uta_jax.mesh import replicated
@@ -81,10 +81,17 @@ class ZeroShot:
     ``accuracy``.
     """
 
-    def __init__(self, source, templates: Sequence[str], batch_size: int, sharding=None):
+    def __init__(
+        self,
+        source,
+        templates: Sequence[str],
+        batch_size: int,
+        sharding=None,
+        reading: Reading = Reading(),
+    ):
         if not source.class_names:
             raise UserError("zero-shot evaluation needs class names: the data set has no labels")
-        self._source, self._sharding = source, sharding
+        self._source, self._sharding, self._reading = source, sharding, reading
         self._templates, self._batch_size = templates, batch_size
 
     def __call__(self, spec: ClipSpec, params: dict) -> dict[str, float]:
@@ -113,6 +120,7 @@ class ZeroShot:
             interpolation=spec.interpolation,
             resize_size=spec.resize_size,
             sharding=self._sharding,
+            reading=self._reading,
         )
 
     def prompt_ids(self, context: int) -> np.ndarray:
