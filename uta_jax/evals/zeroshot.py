@@ -6,7 +6,6 @@ again; the image feature is CLS; the class with the highest cosine wins.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,9 @@ from jax import Array
 from uta_jax import UserError
 from uta_jax.data.loader import Reading, eval_batches
 from uta_jax.data.tokenizer import Tokenizer
-from uta_jax.data.transforms import to_input
 from uta_jax.mesh import replicated
-from uta_jax.models.presets import ClipSpec, TextSpec
-from uta_jax.models.text import TextTower
-from uta_jax.models.vit import Vit
+from uta_jax.models.encode import check_ids, encode_images, encode_texts
+from uta_jax.models.presets import ClipSpec
 from uta_jax.objectives import normalize
 
 
@@ -34,22 +31,6 @@ def class_weights(text_features_ce: Array, templates: int) -> Array:
     """Features of ``prompts`` [classes * templates, e] -> unit class weights [classes, e], fp32."""
     unit = normalize(text_features_ce).reshape(-1, templates, text_features_ce.shape[-1])
     return normalize(unit.mean(axis=1))
-
-
-@partial(jax.jit, static_argnames="spec")
-def encode_text(params: dict, ids_bl: Array, spec: TextSpec) -> Array:
-    """Text features fp32 [b, e], not normalised. ``params``: the text tower's."""
-    return TextTower(spec).apply({"params": params}, ids_bl)
-
-
-@partial(jax.jit, static_argnames="spec")
-def encode_images(params: dict, image_bhwc: Array, spec: ClipSpec) -> Array:
-    """uint8 images [b, h, w, 3] -> image features fp32 [b, e], not normalised.
-
-    ``params``: the vision tower's.
-    """
-    image = to_input(image_bhwc, spec.mean, spec.std, spec.vision.image_size, jnp.float32)
-    return Vit(spec.vision).apply({"params": params}, image, method="features")
 
 
 @jax.jit
@@ -96,10 +77,11 @@ class ZeroShot:
 
     def __call__(self, spec: ClipSpec, params: dict) -> dict[str, float]:
         vision, text = (self._place(params[tower]) for tower in ("vision", "text"))
-        ids_bl = self.prompt_ids(spec.text.context)
+        ids_bl = check_ids(self.prompt_ids(spec.text.context), spec.text)
         starts = range(0, len(ids_bl), self._batch_size)
-        features = [encode_text(text, ids_bl[i : i + self._batch_size], spec.text) for i in starts]
-        scored = ((encode_images(vision, b["image"], spec), b) for b in self.batches(spec))
+        size = self._batch_size
+        features = [encode_texts(text, ids_bl[i : i + size], spec=spec.text) for i in starts]
+        scored = ((encode_images(vision, b["image"], spec=spec), b) for b in self.batches(spec))
         return self.score(jnp.concatenate(features), scored)
 
     def _place(self, params: dict) -> dict:

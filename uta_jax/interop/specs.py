@@ -117,7 +117,7 @@ def channels(values: Any, where: str) -> tuple[float, float, float]:
 
 def number(value: Any, where: str, kind: type | tuple = (int, float)) -> Any:
     """A finite number out of a JSON file."""
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, kind) or not abs(value) < 2**63:
         raise UserError(f"{where}={value!r} must be {'an integer' if kind is int else 'a number'}")
     return value
 
