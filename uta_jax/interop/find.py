@@ -76,6 +76,8 @@ def _find(path: str, fmt: str) -> Found:
     root = _asset(path) if path.startswith("asset:") else Path(path)
     try:
         root.stat()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file or directory") from None
     except (OSError, ValueError) as error:  # of a name that is too long, or holds a NUL, say
         raise UserError(f"{path!r}: no such file or directory ({error})") from None
     return _find_file(root) if root.is_file() else _find_directory(root, path, fmt)

@@ -113,7 +113,7 @@ def check_tensors(fmt: str, spec: ClipSpec, tensors: Mapping[str, Tensor]) -> No
 
 def check_tables(fmt: str, spec: ClipSpec, tensors: Mapping[str, Tensor]) -> None:
     """Raise UserError where a table that is dropped, for we make our own, holds another one."""
-    tables = {x: np.asarray(x.make(spec)) for x in FORMATS[fmt].extras if x.make}
+    tables = {x: np.asarray(x.make(spec)) for x in FORMATS[fmt].extras if x.fixed}
     for name, extra in _extra_names(fmt, spec):
         if extra not in tables or name not in tensors:
             continue

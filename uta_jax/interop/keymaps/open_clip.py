@@ -86,8 +86,8 @@ _VISION = (
 def _rope_buffers(prefix: str) -> tuple[Extra, Extra]:
     """Their rotary tables [n, head_dim], which have no row for CLS."""
     return (
-        Extra(f"{prefix}.freqs_cos", lambda spec: np.asarray(rope_table(spec.vision)[0][1:])),
-        Extra(f"{prefix}.freqs_sin", lambda spec: np.asarray(rope_table(spec.vision)[1][1:])),
+        Extra(f"{prefix}.freqs_cos", lambda spec: np.asarray(rope_table(spec.vision)[0][1:]), True),
+        Extra(f"{prefix}.freqs_sin", lambda spec: np.asarray(rope_table(spec.vision)[1][1:]), True),
     )
 
 

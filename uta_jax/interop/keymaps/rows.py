@@ -66,10 +66,14 @@ class Row(NamedTuple):
 
 
 class Extra(NamedTuple):
-    """A key without a parameter: ignored when read, written by ``make(spec)`` where demanded."""
+    """A key without a parameter: dropped when read, written by ``make(spec)`` where demanded.
+
+    ``fixed``: its values follow from the architecture, so a file with others is of another one.
+    """
 
     theirs: str
     make: Callable[[ClipSpec], np.ndarray] | None = None
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
