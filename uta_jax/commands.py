@@ -26,9 +26,11 @@ def _train(args, overrides):
 
 
 def _evaluate(args, _):
+    from uta_jax import processes
     from uta_jax.evals import evaluate
 
-    evaluate(args.workdir, exported=args.exported or "", json_file=args.json or "")
+    with processes.started():
+        evaluate(args.workdir, exported=args.exported or "", json_file=args.json or "")
 
 
 def _convert(args, _):
@@ -52,13 +54,15 @@ def _convert(args, _):
 
 
 def _export(args, _):
-    from uta_jax import report
+    from uta_jax import processes, report
 
     if bool(args.workdir) == bool(args.model):
         raise UserError("give either --workdir (a run) or --model (a directory or file)")
     options = {name: getattr(args, name) for name in ("overwrite", "dtype", "licence", "home")}
     if args.workdir:
-        report.export_run(args.workdir, args.format, args.out, **options)
+        with processes.started():
+            report.export_run(args.workdir, args.format, args.out, **options)
+            processes.gather("written", None)
     else:
         report.export_model(args.model, args.format, args.out, preset=args.preset, **options)
 
@@ -149,9 +153,12 @@ def _plan(args, overrides):
 
 
 def _report(args, _):
+    from uta_jax import processes
     from uta_jax.report import report
 
-    report(args.workdir)
+    with processes.started():
+        report(args.workdir)
+        processes.gather("written", None)
 
 
 _WORKDIR = ("--workdir", {"required": True, "help": "directory of a training run"})

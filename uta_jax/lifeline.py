@@ -47,7 +47,12 @@ class _Wire:
     def __init__(self, sock: socket.socket):
         sock.settimeout(_SEND_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket, self.heard, self._rest, self._lock = sock, time.monotonic(), b"", threading.Lock()
+        self.socket, self.heard, self._rest, self._lock = (
+            sock,
+            time.monotonic(),
+            b"",
+            threading.Lock(),
+        )
 
     def send(self, **message) -> None:
         with self._lock:
@@ -144,7 +149,9 @@ class Lifeline:
                 with suppress(OSError):
                     wire.send(fail=cause, process=index)
         if not self.index:
-            time.sleep(1)  # with this process goes JAX's service, which ends the others less clearly
+            time.sleep(
+                1
+            )  # with this process goes JAX's service, which ends the others less clearly
 
     def close(self) -> None:
         """Leave; for when all have come to the end."""
@@ -186,7 +193,9 @@ class Lifeline:
         except (OSError, EOFError, ValueError):
             ready.unregister(wire.socket)
             if peer not in self._left and not self._closed:
-                self._end(peer, f"{self.members[peer]} ended without a word: killed, or its host lost")
+                self._end(
+                    peer, f"{self.members[peer]} ended without a word: killed, or its host lost"
+                )
             return
         for message in messages:
             self._take(peer, message)
@@ -292,7 +301,9 @@ def _listen(port: int) -> socket.socket:
     try:
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
-        listener = socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=1024)
+        listener = socket.create_server(
+            ("", port), family=family, dualstack_ipv6=dual, backlog=1024
+        )
     except OSError as error:
         raise UserError(
             f"process 0 cannot listen on port {port}: {error.strerror}; end what holds it, or choose "

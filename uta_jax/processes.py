@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import jaxlib
@@ -28,7 +29,7 @@ from uta_jax import UserError, __version__
 from uta_jax.lifeline import END, LOOPBACK, Lifeline, Member, call_the_roll
 from uta_jax.places import Place, find_place
 
-PLATFORMS = ("", "cpu", "gpu", "tpu")
+PLATFORMS = ("cpu", "gpu", "tpu", "")
 
 
 _line: Lifeline | None = None  # of this process; JAX's runtime, too, is one a process
@@ -53,12 +54,14 @@ def started(
     """
     place = Place("nested") if _line is not None else find_place()
     if place.count == 1:
-        _settle_allocation(check_platform(platform))
+        check_platform(platform)
+        settle()
         yield
         return
     try:
         _join(place, platform, start_s, heartbeat_s, shutdown_s)
-        _settle_allocation(check_platform(platform))
+        check_platform(platform)
+        settle()
         yield
         gather(END, None)
         jax.distributed.shutdown()
@@ -93,7 +96,9 @@ def _join(place: Place, platform: str, start_s, heartbeat_s, shutdown_s) -> None
 def _check_loopback(place: Place) -> None:
     nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) if place.environment == "Slurm" else 1
     if nodes > 1 and place.coordinator.startswith(LOOPBACK):
-        raise UserError(f"the coordinator {place.coordinator} is loopback, but there are {nodes} nodes")
+        raise UserError(
+            f"the coordinator {place.coordinator} is loopback, but there are {nodes} nodes"
+        )
 
 
 def _let_us_speak_before_an_abort() -> None:
@@ -122,15 +127,20 @@ def _fail(error: BaseException) -> None:
         code, words = getattr(error, "exit_code", 2), " ".join(str(error).split())
     else:
         words = "".join(traceback.format_exception(error)).rstrip()
+    end(words, code if isinstance(code, int) and code else 1)
+
+
+def end(words: str, code: int = 1) -> NoReturn:
+    """End this process now, and with it the run: tell the others, and print ``words`` last."""
     name = f"{_line.members[_line.index]}: " if _line else ""
     if _line:
         _line.fail(f"{name}{words[-20_000:]}")
     sys.stdout.flush()
     print(f"uta-jax: {name}{words}", file=sys.stderr, flush=True)
-    os._exit(code if isinstance(code, int) and code else 1)
+    os._exit(code)
 
 
-def _settle_allocation(backend: str) -> None:
+def settle() -> None:
     """Settle what has to be settled before the first array; for the whole process.
 
     Several devices made of one CPU run their programs one by one: with programs in flight, a
@@ -138,28 +148,28 @@ def _settle_allocation(backend: str) -> None:
     """
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or _line is not None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    _keep_freed_memory(backend)
+    _keep_freed_memory()
 
 
-def _keep_freed_memory(backend: str) -> None:
+def _keep_freed_memory() -> None:
     """On CPU, let the C allocator keep what XLA frees after each step; elsewhere, do nothing.
 
     glibc hands large blocks back to the kernel and the next step faults every page in again, which
     costs small models more than their arithmetic does.
     """
-    if backend != "cpu" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if jax.default_backend() != "cpu" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
     # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
     for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
         libc.mallopt(option, value)
 
 
-def check_platform(platform: str) -> str:
-    """JAX's backend; UserError where it is not ``platform``, instead of a slow run on the CPU."""
+def check_platform(platform: str) -> None:
+    """UserError where JAX's backend is not ``platform``, instead of a slow run on the CPU."""
     try:
         found = jax.default_backend()
         if platform in ("", found):
-            return found
+            return
         jax.devices(platform)
         reason = f"JAX prefers {found}; set JAX_PLATFORMS={platform}"
     except RuntimeError as error:
@@ -243,7 +253,9 @@ def table(mesh: Mesh) -> str:
     for member in _line.members if _line else [_alone()]:
         own = [(at, d) for at, d in np.ndenumerate(mesh.devices) if d.process_index == member.index]
         if own:
-            spans = (f"{min(axis)}-{max(axis)}" for axis in zip(*(at for at, _ in own), strict=True))
+            spans = (
+                f"{min(axis)}-{max(axis)}" for axis in zip(*(at for at, _ in own), strict=True)
+            )
             devices = f"{len(own)} x {own[0][1].device_kind}"
             rows.append((member.index, member.host, member.pid, devices, *spans))
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]

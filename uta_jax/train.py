@@ -25,7 +25,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from uta_jax import UserError, metrics
+from uta_jax import UserError, metrics, processes
 from uta_jax import config as configs
 from uta_jax import mesh as meshes
 from uta_jax.checkpoint import Checkpoints
@@ -39,6 +39,7 @@ from uta_jax.interop.teacher import load_clip, read_spec
 from uta_jax.metrics import Meter, Writer, progress_bar
 from uta_jax.objectives import OBJECTIVES
 from uta_jax.step import Recipe, TrainState, compile_step, init_state
+from uta_jax.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,23 @@ def train(
     ``allow_data_change``: also where the data, the seed or the batch size is not what it was.
 
     Raises UserError for input that does not fit together, before anything is compiled. Changes how
-    this process allocates memory and, with several CPU devices, dispatches (``mesh.start_up``).
+    this process allocates memory and, with several CPU devices, dispatches (``processes.settle``); with several processes, a failure
+    ends them all.
     """
-    meshes.start_up()
     configs.check(config)
+    with processes.started(config.platform, **config.processes):
+        return _trained(config, workdir, allow_data_change)
+
+
+def _trained(config: ConfigDict, workdir: str | Path, allow_data_change: bool) -> dict[str, float]:
     source = configs.open_data(config.data)
     has_teacher = OBJECTIVES[config.objective].needs_teacher
     with configs.blame("config.teacher.path"):
         spec = read_spec(config.teacher.path) if has_teacher else None
     recipe = configs.make_recipe(config, spec, len(source))
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    processes.say(processes.table(mesh))
+    processes.agree("what to train", _facts(config, recipe, source))
     workdir = make_workdir(workdir)
     with jax.set_mesh(mesh):
         run = replace(prepare(config, recipe, mesh, workdir), allow_data_change=allow_data_change)
@@ -81,6 +89,12 @@ def train(
             return _train(run, checkpoints, source)
         finally:
             checkpoints.close()
+
+
+def _facts(config: ConfigDict, recipe: Recipe, source) -> dict:
+    """What every process must have alike."""
+    facts = {f"config.{key}": value for key, value in configs.leaves(config).items()}
+    return facts | {"steps": recipe.optim.total_steps, "data fingerprint": source.fingerprint()}
 
 
 def make_workdir(workdir: str | Path) -> Path:
@@ -134,6 +148,8 @@ def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
     loader = _make_loader(run, source)  # checks the data, reads none yet
     try:
         state, saved = _start(run, checkpoints)
+        at = {"step": int(state.step), "teacher": run.provenance.get("sha256")}
+        processes.agree("what to start from", at)
         if saved:
             _check_same(run, loader, saved)
         _record_config(run, int(state.step))
@@ -141,7 +157,8 @@ def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
             if saved and _evaluates(run, int(state.step)) and not log.has_scores:
                 with log.aside():
                     log.scored(int(state.step), run.evaluate(state))  # lost to the interruption
-            return _loop(run, state, loader, log, checkpoints)
+            with Watchdog(run.config.train.timeout_s, "config.train.timeout_s") as watchdog:
+                return _loop(run, state, loader, log, checkpoints, watchdog)
     finally:
         loader.close()
 
@@ -166,11 +183,10 @@ def _make_loader(run: Run, source) -> TrainLoader:
 def _check_same(run: Run, loader: TrainLoader, saved: dict) -> None:
     """Refuse to go on with other data or another teacher than the run began with."""
     if changes := loader.resume(saved["data"], run.allow_data_change):
-        print(
+        processes.say(
             f"DATA CHANGED: {changes}. The run goes on after {loader.examples_seen} examples, in "
             "the order of the data as it is now: of the epoch begun, some examples may come twice "
-            "and others not at all",
-            flush=True,
+            "and others not at all"
         )
     if saved["teacher"].get("sha256") != run.provenance.get("sha256"):
         raise UserError(
@@ -185,23 +201,27 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
         state, saved = checkpoints.restore(run.recipe, run.mesh)
         step, total = int(state.step), run.recipe.optim.total_steps
         done = "; the run is complete, nothing is left to train" if step >= total else ""
-        print(f"RESUMED at step {step} of {total} from {run.workdir}{done}", flush=True)
+        processes.say(f"RESUMED at step {step} of {total} from {run.workdir}{done}")
         return state, saved
     state = init_state(run.recipe, run.mesh)
     count = parameter_overview.count_parameters(state.params)
     fits = ", ".join(fitting_formats(run.recipe.task.clip)) or "no format: see README, Limits"
-    print(f"FRESH START in {run.workdir}: {count:,} parameters to train; exports as {fits}")
+    processes.say(f"FRESH START in {run.workdir}: {count:,} parameters to train; exports as {fits}")
     return state, {}
 
 
 def _record_config(run: Run, step: int) -> None:
     """Write the run's configuration; a resumed run says first what it changes."""
+    if not processes.is_first():
+        return
     path = run.workdir / "config.json"
     if step and path.exists():
         before = configs.leaves(load_config(path))
         for key, value in configs.leaves(run.config).items():
             if value != before[key]:
-                print(f"CHANGED from step {step} on: config.{key}: {before[key]} -> {value}")
+                processes.say(
+                    f"CHANGED from step {step} on: config.{key}: {before[key]} -> {value}"
+                )
     save_config(run.config, path)
 
 
@@ -217,20 +237,22 @@ class Log:
         self.figures: dict[str, float] = {}
         self._every, self._total = run.config.train.log_every, run.recipe.optim.total_steps
         self._checkpoints, self._pending = checkpoints, None
-        self._writer = Writer(run.workdir, step)
-        self.has_scores = any(
+        self._writer = Writer(run.workdir, step) if processes.is_first() else None
+        has_scores = self._writer and any(
             "zeroshot/top1" in row and row["step"] == step
             for row in metrics.read(run.workdir / "metrics.jsonl")
         )
+        self.has_scores = processes.gather("scores", has_scores)[0]
         self._meter = Meter(run.config.data.batch_size)
-        self._bar = progress_bar(self._total, step)
+        self._bar = progress_bar(self._total, step, shown=processes.is_first())
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_) -> None:
         self._bar.close()
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
     def dispatched(self, step: int, values: dict, data_wait_s: float, bad_examples: int) -> None:
         """Note the update just dispatched, after settling the one before it."""
@@ -257,9 +279,10 @@ class Log:
             self._write_means(step, bad_examples)
 
     def _write_means(self, step: int, bad_examples: int) -> None:
+        bad_examples = sum(processes.gather(f"bad examples until {step}", bad_examples))
         means = self._meter.read() | {"bad_examples": bad_examples}
         self.figures |= {name: x for name, x in means.items() if not isinstance(x, list)}
-        self._writer.write(step, means)
+        self._write(step, means)
         shown = {"loss": "{:.4f}", "images_per_s": "{:.0f}", "data_wait_ms": "{:.1f}"}
         shown |= {"bad_examples": "{}"} if bad_examples else {}
         postfix = {name: form.format(means[name]) for name, form in shown.items()}
@@ -269,9 +292,14 @@ class Log:
         """Record the figures of an evaluation."""
         if scores:
             self.figures |= scores
-            self._writer.write(step, scores)
+            self._write(step, scores)
             line = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            self._bar.write(f"step {step}: {line}")
+            if self._writer:
+                self._bar.write(f"step {step}: {line}")
+
+    def _write(self, step: int, figures: dict) -> None:
+        if self._writer:
+            self._writer.write(step, figures)
 
     @contextmanager
     def aside(self):
@@ -281,21 +309,38 @@ class Log:
         self._meter.pause(time.perf_counter() - since)
 
 
-def _loop(run: Run, state, loader, log: Log, checkpoints: Checkpoints) -> dict[str, float]:
+def _loop(run: Run, state, loader, log: Log, checkpoints, watchdog) -> dict[str, float]:
     """The order of one turn is that of the module's docstring."""
     config, total = run.config.train, run.recipe.optim.total_steps
     update, step = compile_step(run.recipe, run.mesh, run.frozen), int(state.step)
     while step < total:
-        batch = next(loader)
+        watchdog.at(f"step {step + 1} (batch {step} of the run)")
+        batch = _next(loader, step)
         state, values = update(state, run.frozen, batch)
         step += 1
         log.dispatched(step, values, loader.data_wait_s, loader.bad_examples)
         if step % config.save_every == 0 or step == total:
             log.settle()
+            watchdog.at(f"saving step {step}")
             with log.aside():
-                checkpoints.save(state, {"data": loader.state(), "teacher": run.provenance})
+                checkpoints.save(state, {"data": _data_state(loader), "teacher": run.provenance})
         if _evaluates(run, step):
             log.settle()
+            watchdog.at(f"the evaluation after step {step}")
             with log.aside():
                 log.scored(step, run.evaluate(state))
     return log.figures
+
+
+def _next(loader, step: int) -> dict:
+    try:
+        return next(loader)
+    except StopIteration:  # a loader has no end; and this must not pass for the end of a loop
+        raise RuntimeError(f"the data ended before batch {step}") from None
+
+
+def _data_state(loader: TrainLoader) -> dict:
+    """Of the run: what could not be used is counted over all processes."""
+    state = loader.state()
+    bad_examples = sum(processes.gather("bad examples", state["bad_examples"]))
+    return state | {"bad_examples": bad_examples}

@@ -3,15 +3,17 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from uta_jax import UserError
+from uta_jax import UserError, processes
 from uta_jax.checkpoint import SavedRun, load_run
 from uta_jax.config import reading_of
 from uta_jax.data.files import output
 from uta_jax.data.sources import open_source
 from uta_jax.evals.zeroshot import ZeroShot
 from uta_jax.interop.export import hf_features
+from uta_jax.mesh import batch_sharding, make_mesh
 
 
 def evaluate(workdir: str | Path, exported: str = "", json_file: str = "") -> dict:
@@ -20,8 +22,12 @@ def evaluate(workdir: str | Path, exported: str = "", json_file: str = "") -> di
     ``exported``: a Hugging Face directory to evaluate as well, by transformers in PyTorch.
     ``json_file``: where the same figures go, too.
     """
+    if exported and jax.process_count() > 1:
+        raise UserError("--exported is measured by PyTorch, in one process: start just one")
     run = load_run(workdir)
     figures = figures_of(run, exported)
+    if not processes.is_first():
+        return figures
     for path in (Path(workdir) / "evaluate.json", json_file):
         if path:
             with output(path) as file:
@@ -36,7 +42,10 @@ def figures_of(run: SavedRun, exported: str = "") -> dict:
     if not ev.path:
         raise UserError("config.eval.path is empty in this run: it has nothing to evaluate on")
     source = open_source(ev.source, ev.path, ev.split)
-    zeroshot = ZeroShot(source, ev.templates, ev.batch_size, reading=reading_of(run.config.data))
+    mesh = make_mesh()
+    size = -(-ev.batch_size // mesh.size) * mesh.size  # the devices may be others than in training
+    reading = reading_of(run.config.data)
+    zeroshot = ZeroShot(source, ev.templates, size, batch_sharding(mesh), reading)
     figures = {"step": run.meta["step"], "chance": 1 / len(source.class_names)}
     if run.teacher:
         figures["teacher"] = zeroshot(run.teacher.spec, run.teacher.params)

@@ -16,7 +16,7 @@ from jax import Array
 from uta_jax import UserError
 from uta_jax.data.loader import Reading, eval_batches
 from uta_jax.data.tokenizer import Tokenizer
-from uta_jax.mesh import replicated
+from uta_jax.mesh import replicate
 from uta_jax.models.encode import check_ids, encode_images, encode_texts
 from uta_jax.models.presets import ClipSpec
 from uta_jax.objectives import normalize
@@ -86,7 +86,9 @@ class ZeroShot:
 
     def _place(self, params: dict) -> dict:
         """Once on the devices instead of with every batch."""
-        return jax.device_put(params, self._sharding and replicated(self._sharding.mesh))
+        if self._sharding is None:
+            return jax.device_put(params)
+        return replicate(self._sharding.mesh, params)
 
     def score(self, text_features: Array, scored: Iterable[tuple[Array, dict]]) -> dict[str, float]:
         """``accuracy`` from the features of ``prompt_ids``, by whatever model they were made."""
