@@ -59,22 +59,21 @@ for ((i = 0; i < processes; i++)); do
   pids+=($!)
 done
 
-failed=0
-for ((left = processes; left > 0; left--)); do
-  code=0
-  wait -n "${pids[@]}" || code=$?
-  if [ "$code" -ne 0 ] && [ "$failed" -eq 0 ]; then
-    failed=$code
-    # They end by themselves, saying why; whoever is stopped or stuck is ended here.
-    for _ in $(seq 100); do
-      alive=0
-      for pid in "${pids[@]}"; do kill -0 "$pid" 2>/dev/null && alive=1; done
-      [ "$alive" -eq 1 ] || break
-      sleep 0.1
-    done
-    end_all KILL
-    break
-  fi
+# Whether process $1 still runs; a zombie does not.
+runs() { case "$(ps -o stat= -p "$1")" in "" | Z*) return 1 ;; esac; }
+
+failed=0 left=("${pids[@]}") patience=100 # tenths of a second in which the others end by themselves
+while [ ${#left[@]} -gt 0 ]; do
+  still=()
+  for pid in "${left[@]}"; do
+    if runs "$pid"; then still+=("$pid"); continue; fi
+    code=0
+    wait "$pid" || code=$?
+    if [ "$code" -ne 0 ] && [ "$failed" -eq 0 ]; then failed=$code; fi
+  done
+  left=(${still[@]+"${still[@]}"})
+  if [ "$failed" -ne 0 ] && [ $((patience--)) -eq 0 ]; then end_all KILL; fi
+  [ ${#left[@]} -eq 0 ] || sleep 0.1
 done
-wait || true
+wait
 exit "$failed"

@@ -29,8 +29,8 @@ def _evaluate(args, _):
     from uta_jax import processes
     from uta_jax.evals import evaluate
 
-    with processes.started():
-        evaluate(args.workdir, exported=args.exported or "", json_file=args.json or "")
+    processes.refuse_several("evaluate")
+    evaluate(args.workdir, exported=args.exported or "", json_file=args.json or "")
 
 
 def _convert(args, _):
@@ -156,9 +156,8 @@ def _report(args, _):
     from uta_jax import processes
     from uta_jax.report import report
 
-    with processes.started():
-        report(args.workdir)
-        processes.gather("written", None)
+    processes.refuse_several("report")
+    report(args.workdir)
 
 
 _WORKDIR = ("--workdir", {"required": True, "help": "directory of a training run"})

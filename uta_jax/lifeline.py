@@ -226,8 +226,8 @@ class Lifeline:
             if silent > self._heartbeat_s and peer not in self._left:
                 self._end(
                     peer,
-                    f"{self.members[peer]} has been silent for {silent:.0f} s (processes.heartbeat_s"
-                    f"={self._heartbeat_s:g}): stopped, or its host or network lost",
+                    f"{self.members[peer]} has been silent for {silent:.0f} s ("
+                    f"processes.heartbeat_s={self._heartbeat_s:g}): stopped, or lost",
                 )
         if not self.index and self._at_end and now - min(self._at_end.values()) > self._shutdown_s:
             here = min(self._at_end, key=self._at_end.get)
@@ -236,8 +236,8 @@ class Lifeline:
                 self._end(
                     here,
                     f"{self.members[here]} came to its end {self._shutdown_s:g} s ago "
-                    f"(processes.shutdown_s), but not {', '.join(late)}: they ran different numbers "
-                    "of steps",
+                    f"(processes.shutdown_s), but not {', '.join(late)}: they ran different "
+                    "numbers of steps",
                 )
 
     def _end(self, index: int, cause: str) -> None:
@@ -306,8 +306,8 @@ def _listen(port: int) -> socket.socket:
         )
     except OSError as error:
         raise UserError(
-            f"process 0 cannot listen on port {port}: {error.strerror}; end what holds it, or choose "
-            "another port for the coordinator"
+            f"process 0 cannot listen on port {port}: {error.strerror}; end what holds it, or "
+            "choose another port for the coordinator"
         ) from None
     listener.settimeout(0.5)
     return listener
@@ -336,8 +336,8 @@ def _misfit(member: Member, present: dict[int, Member], host: str) -> str:
         return f"{member} runs {member.version}, but {first} {first.version}: install the same"
     if member.host != first.host and host.startswith(LOOPBACK):
         return (
-            f"the coordinator's address {host} means another machine on every host, but {member} and "
-            f"{first} are on two: give the name or address of the host of process 0"
+            f"the coordinator's address {host} means another machine on every host, but {member} "
+            f"and {first} are on two: give the name or address of the host of process 0"
         )
     return ""
 

@@ -104,7 +104,7 @@ def _metadata(key: str) -> str:
 
 
 def _slices(name: str, hosts: list[str], worker: int, env: Mapping[str, str]) -> Place:
-    """Worker by worker within a slice, slice by slice; the first worker of the first coordinates."""
+    """Slice by slice, worker by worker; the first worker of the first slice coordinates."""
     slices, this = int(env.get("MEGASCALE_NUM_SLICES", 1)), int(env.get("MEGASCALE_SLICE_ID", 0))
     first = env.get("MEGASCALE_COORDINATOR_ADDRESS", "").partition(":")[0] or hosts[0]
     port = env.get("JAX_COORDINATOR_PORT", "8482")

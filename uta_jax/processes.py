@@ -102,7 +102,7 @@ def _check_loopback(place: Place) -> None:
 
 
 def _let_us_speak_before_an_abort() -> None:
-    """JAX's runtime aborts the moment process 0 is gone: hold that thread until the line has spoken.
+    """JAX's runtime aborts the moment process 0 is gone: hold that thread until the line spoke.
 
     SIGABRT's number is 6, and ``sleep(6)`` is what its handler does; if the line has nothing to say
     by then, the abort goes on as ever.
@@ -192,6 +192,14 @@ def _holders() -> list[int]:
         except OSError:
             continue
     return sorted(found - {os.getpid()})
+
+
+def refuse_several(command: str) -> None:
+    """UserError where this is one of several processes, which ``command`` cannot share out."""
+    if (count := find_place().count) > 1:
+        raise UserError(
+            f"{command}: {count} processes were started, it runs in one: start just one"
+        )
 
 
 # What all know

@@ -64,8 +64,8 @@ def train(
     ``allow_data_change``: also where the data, the seed or the batch size is not what it was.
 
     Raises UserError for input that does not fit together, before anything is compiled. Changes how
-    this process allocates memory and, with several CPU devices, dispatches (``processes.settle``); with several processes, a failure
-    ends them all.
+    this process allocates memory and, with several CPU devices, dispatches (``processes.settle``);
+    of several processes, a failure of one ends them all.
     """
     configs.check(config)
     with processes.started(config.platform, **config.processes):
@@ -219,9 +219,7 @@ def _record_config(run: Run, step: int) -> None:
         before = configs.leaves(load_config(path))
         for key, value in configs.leaves(run.config).items():
             if value != before[key]:
-                processes.say(
-                    f"CHANGED from step {step} on: config.{key}: {before[key]} -> {value}"
-                )
+                print(f"CHANGED from step {step} on: config.{key}: {before[key]} -> {value}")
     save_config(run.config, path)
 
 

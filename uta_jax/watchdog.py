@@ -36,6 +36,6 @@ class Watchdog:
             if time.monotonic() - self._since > self._limit_s:
                 faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
                 processes.end(
-                    f"{self._what} has taken longer than {self._key}={self._limit_s:g} s; where each "
-                    "thread stands is printed above"
+                    f"{self._what} has taken longer than {self._key}={self._limit_s:g} s; where "
+                    "each thread stands is printed above"
                 )
