@@ -5,8 +5,8 @@
 #   tpu_host.sh start ARG...     uta-jax train ARG... in the background, unless it runs already
 #   tpu_host.sh watch            show its log until it ends
 #
-# Exit codes of watch: 0 trained to the end; 2 a mistake, as uta-jax reports it; 10 any other
-# failure. All else is the connection's.
+# Exit codes of watch: 0 trained to the end; 2 a mistake, as uta-jax reports it; 75 told to stop, and
+# saved; 10 any other failure. All else is the connection's.
 set -euo pipefail
 
 source_dir=$(cd "$(dirname "$0")/.." && pwd)
@@ -69,7 +69,7 @@ watch() {
   code=$(cat "$state/exit_code" 2>/dev/null || echo none)
   echo "uta-jax train: exit code $code"
   case $code in
-    0 | 2) exit "$code" ;;
+    0 | 2 | 75) exit "$code" ;;
     *) exit 10 ;;
   esac
 }
