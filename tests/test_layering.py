@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 # Modules and packages in order: each imports only what stands above it.
 MODULES = (
     "__init__",
+    "faults",
+    "ledger",
+    "xla_cache",
     "mesh",
     "data",
     "models",
@@ -25,9 +28,11 @@ MODULES = (
     "step",
     "config",
     "config_files",
+    "lifetime",
     "checkpoint",
     "evals",
     "embed",
+    "runlog",
     "train",
     "hlo",
     "plan",
