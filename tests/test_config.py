@@ -152,7 +152,7 @@ def test_every_tuple_has_a_rule(key, value):
 def test_no_kind_of_value_is_left_out():
     """The tests above see numbers, texts and tuples; a switch can only be on or off."""
     tested = {*numbers(float), *numbers(int), "data.crop_scale", "data.mixture", "eval.templates"}
-    tested |= {"data.flip", "data.allow_truncated"}
+    tested |= {"data.flip", "data.allow_truncated", "runlocal"}
     tested |= {key for key, value in DEFAULTS.items() if isinstance(value, str)}
     assert tested == set(DEFAULTS)
 

@@ -28,6 +28,7 @@ def default_config() -> ConfigDict:
     c = ConfigDict()
     c.objective = "uta"  # a key of objectives.OBJECTIVES
     c.seed = 0  # of the initial weights, the masks and the data order
+    c.runlocal = False  # shrink all of it to a debug run: runlocal.py
     _add_method(c)
     _add_run(c)
     return c.lock()

@@ -33,7 +33,7 @@ BATCH = 32
 TURNS = 7
 DECODE, CROP, NORMALISE = "decode", "crop, resize, flip", "normalise on the host"
 STEPS = {
-    DECODE: "bare decoding, JPEGs at the fraction of their size that the crop allows",
+    DECODE: "bare decoding of whole JPEGs, at the fraction of their size that the crop allows",
     CROP: "the whole transform to uint8: decode, crop, resize, flip",
     NORMALISE: "the same, normalised to float32 on the host (training does so on the device)",
     "torchvision": "torchvision: Pillow, RandomResizedCrop, flip, ToTensor, Normalize",
