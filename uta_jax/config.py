@@ -135,6 +135,10 @@ def _is_mixture(value: tuple) -> bool:
     )
 
 
+def _is_place(value: str) -> bool:
+    return not value or value.startswith(("/", "~", "gs://"))
+
+
 def _are_templates(value: tuple) -> bool:
     try:
         return bool(value) and all(template.format("x") != template for template in value)
@@ -190,6 +194,7 @@ _RULES = {
     "train.keep_every": _COUNT_OR_0,
     "train.resume": _one_of(("auto", "must", "never")),
     "train.max_bad_steps": _COUNT,
+    "train.compile_cache": (_is_place, 'a path from / or ~ on, or ""'),
     "eval.source": _one_of(sources.SOURCES),
     "eval.batch_size": _COUNT,
     "eval.templates": (_are_templates, "one text or more, each with one {} for the class name"),
