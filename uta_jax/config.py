@@ -92,7 +92,7 @@ def _add_run(c: ConfigDict) -> None:
     c.train.eval_every = 0  # steps; 0: at the end only
     c.train.save_every = 500  # steps; the last step is always saved
     c.train.keep = 2  # newest checkpoints that are kept
-    c.train.keep_every = 0  # steps; checkpoints of their multiples are kept as well; 0: none
+    c.train.keep_every = 0  # steps; saved multiples of it are kept as well; 0: none
     c.train.resume = "auto"  # must: refuse to start anew; never: refuse to go on
     c.train.max_bad_steps = 3  # updates in a row that are not finite: the run stops
     c.train.compile_cache = "~/.cache/uta_jax"  # where compilations are kept; "": nowhere
@@ -210,12 +210,6 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{key}={value} is not allowed: it must be {allowed}")
     if not config.train.steps and not config.train.epochs:
         raise UserError("config.train.steps=0 trains nothing: set it, or config.train.epochs, > 0")
-    if config.train.keep_every % config.train.save_every:
-        raise UserError(
-            f"config.train.keep_every={config.train.keep_every} is no multiple of "
-            f"config.train.save_every={config.train.save_every}: checkpoints to keep are among "
-            "those that are saved"
-        )
     if not (config.data.path or config.data.mixture or config.data.source == "synthetic"):
         raise UserError("config.data.path is empty: name the directory of the training images")
     if OBJECTIVES[config.objective].needs_teacher and not config.teacher.path:
