@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 # Modules and packages in order: each imports only what stands above it.
 MODULES = (
     "__init__",
+    "faults",
+    "ledger",
+    "xla_cache",
     "mesh",
     "data",
     "models",
@@ -26,9 +29,11 @@ MODULES = (
     "config",
     "runlocal",
     "config_files",
+    "lifetime",
     "checkpoint",
     "evals",
     "embed",
+    "runlog",
     "train",
     "hlo",
     "plan",

@@ -44,7 +44,7 @@ def _add_commands(parser, commands: dict[str, Command], dest: str, metavar: str)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; its exit code, or 2 after one line about a mistake of the user's."""
+    """Run one command; its exit code, or that of the mistake which it tells of in one line."""
     args, rest = _parser().parse_known_args(argv)
     takes_config = args.command in ("train", "plan")
     if rest and not (takes_config or str(getattr(args, "data", "")).endswith(".py")):
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return COMMANDS[args.command].run(args, rest) or 0
     except UserError as error:
         print(f"uta-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return error.exit_code
 
 
 if __name__ == "__main__":

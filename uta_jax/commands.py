@@ -20,9 +20,11 @@ class Command:
 
 
 def _train(args, overrides):
+    from uta_jax.ledger import process_age
     from uta_jax.train import train
 
-    train(read_config(args.config, overrides), args.workdir, args.allow_data_change)
+    config = read_config(args.config, overrides)
+    train(config, args.workdir, args.allow_data_change, process_age())
 
 
 def _evaluate(args, _):
