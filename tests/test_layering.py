@@ -35,13 +35,15 @@ MODULES = (
     "embed",
     "runlog",
     "train",
+    "replay",
     "hlo",
     "plan",
     "report",
+    "actions",
     "commands",
     "__main__",
 )
-CONFIGURED = {"config", "runlocal", "config_files", "checkpoint", "train", "plan"}
+CONFIGURED = {"config", "runlocal", "config_files", "checkpoint", "train", "replay", "plan"}
 TORCH = {"torch", "torchvision", "transformers", "open_clip", "timm"}
 
 

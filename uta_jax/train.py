@@ -159,7 +159,9 @@ def make_evaluator(config: ConfigDict, recipe: Recipe, mesh, teacher_text: dict 
 
 
 def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
-    loader = _make_loader(run, source)  # checks the data, reads none yet
+    loader = make_loader(
+        run, source, run.workdir / "bad_examples.jsonl"
+    )  # checks the data, reads none yet
     plan = Plan(
         run.recipe.optim.total_steps, run.config.train.log_every, run.config.data.batch_size,
         run.config.train.max_bad_steps,
@@ -185,7 +187,8 @@ def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
         loader.close()
 
 
-def _make_loader(run: Run, source) -> TrainLoader:
+def make_loader(run: Run, source, bad_file: Path | None) -> TrainLoader:
+    """The training batches of a run, from the first."""
     data, task = run.config.data, run.recipe.task
     return TrainLoader(
         source,
@@ -198,7 +201,7 @@ def _make_loader(run: Run, source) -> TrainLoader:
         sharding=meshes.batch_sharding(run.mesh),
         reading=configs.reading_of(data),
         max_bad_fraction=data.max_bad_fraction,
-        bad_file=run.workdir / "bad_examples.jsonl",
+        bad_file=bad_file,
     )
 
 
