@@ -27,6 +27,7 @@ setup(
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
+        "xxhash>=3.8,<4",  # checksums of checkpoints
         "grain>=0.2.18,<0.3",
         "clu>=0.0.12,<0.1",
         "ml_collections>=1.1,<2",

@@ -129,12 +129,6 @@ render() {
 }
 
 xpk_line() {
-  local type
-  case $generation in # v4 and v5p are named by their cores, two a chip
-    v4 | v5p) type=$generation-$((2 * chips)) ;;
-    v5e) type=v5litepod-$chips ;;
-    v6e) type=v6e-$chips ;;
-  esac
   quoted xpk workload create "--cluster=$cluster" "--workload=$name" "--tpu-type=$type" \
     "--docker-image=$image" "--max-restarts=$restarts" "--command=uta-jax train $(quoted "${training[@]}")"
 }

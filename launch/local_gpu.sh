@@ -78,5 +78,5 @@ on_this_machine() {
 
 parse "$@"
 check
-step nvidia-smi --list-gpus || fail "no GPU here: nvidia-smi must list one"
+step nvidia-smi --list-gpus 2>/dev/null || fail "no GPU here: nvidia-smi must list one"
 if [[ -n $image ]]; then in_image; else on_this_machine; fi

@@ -51,15 +51,21 @@ check_env_file() {
   [[ -z $number ]] || fail "--env-file=$1: line $number is not NAME=VALUE"
 }
 
-# check_topology v5e:4x4: sets generation, shape and chips.
+# check_topology v5e:4x4: sets generation, shape, chips, and type, its name in Google's cloud. That
+# name counts cores for v4 and v5p, two a chip, and knows no shape: flat slices come in one only.
 check_topology() {
-  [[ $1 =~ ^(v4|v5e|v5p|v6e):([1-9][0-9]*(x[1-9][0-9]*){1,2})$ ]] ||
-    fail "--topology=$1: a generation (v4, v5e, v5p, v6e) and a shape, such as v5e:4x4, v5p:2x2x4"
-  # shellcheck disable=SC2034
+  [[ $1 =~ ^(v4|v5p):([1-9][0-9]*(x[1-9][0-9]*){2})$ ||
+    $1 =~ ^(v5e|v6e):(1x1|2x2|2x4|4x4|4x8|8x8|8x16|16x16)$ ]] ||
+    fail "--topology=$1: v4 or v5p and a shape as 2x2x4; v5e or v6e and 1x1, 2x2, 2x4, 4x4 ... 16x16"
   generation=${BASH_REMATCH[1]}
   shape=${BASH_REMATCH[2]}
-  # shellcheck disable=SC2034
   chips=$((${shape//x/*}))
+  # shellcheck disable=SC2034
+  case $generation in
+    v4 | v5p) type=$generation-$((2 * chips)) ;;
+    v5e) type=v5litepod-$chips ;;
+    v6e) type=v6e-$chips ;;
+  esac
 }
 
 # check_training ARGUMENT...: what uta-jax train cannot do without.

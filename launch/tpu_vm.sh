@@ -14,7 +14,8 @@
 #
 #   --name=NAME            of the TPU; given again, the same command takes up where it was left
 #   --zone=ZONE            as us-central1-a
-#   --topology=KIND:SHAPE  as `uta-jax plan` has it: v4, v5e, v5p or v6e, and 4x4, 2x2x4, ...
+#   --topology=KIND:SHAPE  as `uta-jax plan` has it: v4, v5e, v5p or v6e, and 4x4, 2x2x4, ...; of a
+#                          v4 or v5p slice gcloud takes the number of chips, and chooses the shape
 #   --project=PROJECT      default: gcloud's own
 #   --version=VERSION      of the TPU's software; default: that of the generation
 #   --spot                 cheaper, and can be preempted
@@ -95,9 +96,6 @@ check() {
 
 # The arguments that say what hardware, shared by both ways of creating it.
 hardware() {
-  local types=([4]=v4 [5]=v5litepod [6]=v6e)
-  local type=${types[${generation:1:1}]}
-  [[ $generation != v5p ]] || type=v5p
   case $generation in
     v4) software=tpu-ubuntu2204-base ;;
     v5e) software=v2-alpha-tpuv5-lite ;;
@@ -107,7 +105,7 @@ hardware() {
   software=${version:-$software}
   place=("--zone=$zone")
   [[ -z $project ]] || place+=("--project=$project")
-  wanted=("--type=$type" "--topology=$shape")
+  wanted=("--accelerator-type=$type")
   if "$spot"; then wanted+=(--spot); fi
 }
 

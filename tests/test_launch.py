@@ -199,6 +199,7 @@ def test_a_secret_given_as_an_argument_is_refused_unseen(cluster):
         ("tpu_vm.sh", {"--name=t1": ""}, "--name is missing"),
         ("tpu_vm.sh", {"--zone=us-central1-a": ""}, "UTA_ZONE"),
         ("tpu_vm.sh", {"--topology=v5e:4x4": "--topology=v5e"}, "--topology=v5e"),
+        ("tpu_vm.sh", {"--topology=v5e:4x4": "--topology=v5e:4x5"}, "16x16"),
         ("tpu_vm.sh", {"--name=t1": "--name=T 1"}, "--name=T 1"),
         ("tpu_vm.sh", {"--name=t1": "--name=t1 --attempts=many"}, "--attempts=many"),
         ("tpu_vm.sh", {"--name=t1": "--name=t1 --sport"}, "--sport"),
@@ -235,6 +236,21 @@ def test_training_without_a_recipe_or_a_workdir(script, missing, cluster):
 
 WATCH, STATE = "tpu_host.sh watch", r"tpu-vm describe"
 RUN = ["setup", "start", "watch"]
+
+
+@pytest.mark.parametrize(
+    "topology, name", [("v5e:4x4", "v5litepod-16"), ("v6e:8x8", "v6e-64"), ("v5p:2x2x4", "v5p-32")]
+)
+@pytest.mark.parametrize("queued", [(), ("--queued",)])
+def test_a_slice_goes_by_the_name_that_gcloud_has_for_it(topology, name, queued, cluster):
+    """The released gcloud takes --type and --topology of old generations only."""
+    argv = [*COMMANDS["tpu_vm.sh"], f"--topology={topology}", *queued, "--dry-run", "--", *TRAINING]
+    done = cluster.run("tpu_vm.sh", *argv)
+    created = [words for words in printed_commands(done.stdout) if "create" in words]
+    assert f"--accelerator-type={name}" in created[0]
+    software = {"v5e": "v2-alpha-tpuv5-lite", "v6e": "v2-alpha-tpuv6e", "v5p": "v2-alpha-tpuv5"}
+    version = "--runtime-version" if queued else "--version"
+    assert f"{version}={software[topology[:3]]}" in created[0]
 
 
 def train_on_tpu(cluster, answers, *flags):

@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 # Modules and packages in order: each imports only what stands above it.
 MODULES = (
     "__init__",
+    "faults",
+    "ledger",
+    "xla_cache",
     "mesh",
     "data",
     "models",
@@ -26,17 +29,21 @@ MODULES = (
     "config",
     "runlocal",
     "config_files",
+    "lifetime",
     "checkpoint",
     "evals",
     "embed",
+    "runlog",
     "train",
+    "replay",
     "hlo",
     "plan",
     "report",
+    "actions",
     "commands",
     "__main__",
 )
-CONFIGURED = {"config", "runlocal", "config_files", "checkpoint", "train", "plan"}
+CONFIGURED = {"config", "runlocal", "config_files", "checkpoint", "train", "replay", "plan"}
 TORCH = {"torch", "torchvision", "transformers", "open_clip", "timm"}
 
 

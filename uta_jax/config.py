@@ -92,6 +92,10 @@ def _add_run(c: ConfigDict) -> None:
     c.train.eval_every = 0  # steps; 0: at the end only
     c.train.save_every = 500  # steps; the last step is always saved
     c.train.keep = 2  # newest checkpoints that are kept
+    c.train.keep_every = 0  # steps; saved multiples of it are kept as well; 0: none
+    c.train.resume = "auto"  # must: refuse to start anew; never: refuse to go on
+    c.train.max_bad_steps = 3  # updates in a row that are not finite: the run stops
+    c.train.compile_cache = "~/.cache/uta_jax"  # where compilations are kept; "": nowhere
 
     c.eval = ConfigDict()
     c.eval.source = "tfds"
@@ -129,6 +133,10 @@ def _is_mixture(value: tuple) -> bool:
         and 0 < part[3] < math.inf
         for part in value
     )
+
+
+def _is_place(value: str) -> bool:
+    return not value or value.startswith(("/", "~", "gs://"))
 
 
 def _are_templates(value: tuple) -> bool:
@@ -183,6 +191,10 @@ _RULES = {
     "train.eval_every": _COUNT_OR_0,
     "train.save_every": _COUNT,
     "train.keep": _COUNT,
+    "train.keep_every": _COUNT_OR_0,
+    "train.resume": _one_of(("auto", "must", "never")),
+    "train.max_bad_steps": _COUNT,
+    "train.compile_cache": (_is_place, 'a path from / or ~ on, or ""'),
     "eval.source": _one_of(sources.SOURCES),
     "eval.batch_size": _COUNT,
     "eval.templates": (_are_templates, "one text or more, each with one {} for the class name"),

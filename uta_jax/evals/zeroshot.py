@@ -5,7 +5,7 @@ name in every template, each text feature L2-normalised, averaged over the templ
 again; the image feature is CLS; the class with the highest cosine wins.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -69,11 +69,14 @@ class ZeroShot:
         batch_size: int,
         sharding=None,
         reading: Reading = Reading(),
+        watched: Callable[[Iterator[dict]], Iterator[dict]] = iter,
     ):
+        """``watched`` wraps the batches of an evaluation, to leave it off."""
         if not source.class_names:
             raise UserError("zero-shot evaluation needs class names: the data set has no labels")
         self._source, self._sharding, self._reading = source, sharding, reading
         self._templates, self._batch_size = templates, batch_size
+        self._watched = watched
 
     def __call__(self, spec: ClipSpec, params: dict) -> dict[str, float]:
         vision, text = (self._place(params[tower]) for tower in ("vision", "text"))
@@ -81,7 +84,8 @@ class ZeroShot:
         starts = range(0, len(ids_bl), self._batch_size)
         size = self._batch_size
         features = [encode_texts(text, ids_bl[i : i + size], spec=spec.text) for i in starts]
-        scored = ((encode_images(vision, b["image"], spec=spec), b) for b in self.batches(spec))
+        batches = self._watched(self.batches(spec))
+        scored = ((encode_images(vision, b["image"], spec=spec), b) for b in batches)
         return self.score(jnp.concatenate(features), scored)
 
     def _place(self, params: dict) -> dict:
