@@ -63,11 +63,12 @@ def started(
         check_platform(platform)
         settle()
         yield
-        gather(END, None)
-        jax.distributed.shutdown()
-        _leave()
+        _part()
     except BaseException as error:
-        _fail(error)
+        if not getattr(error, "everywhere", False):
+            _fail(error)
+        _part()
+        raise
 
 
 def _join(place: Place, platform: str, start_s, heartbeat_s, shutdown_s) -> None:
@@ -112,8 +113,11 @@ def _let_us_speak_before_an_abort() -> None:
     libc.signal(6, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
-def _leave() -> None:
+def _part() -> None:
+    """Leave, when all have come to the end."""
     global _line
+    gather(END, None)
+    jax.distributed.shutdown()
     _line.close()
     _line = None
 
