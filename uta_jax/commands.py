@@ -26,7 +26,9 @@ def _act(args, overrides):
 def _evaluate(args, _):
     from uta_jax.evals import evaluate
 
-    evaluate(args.workdir, exported=args.exported or "", json_file=args.json or "")
+    evaluate(
+        args.workdir, exported=args.exported or "", json_file=args.json or "", wanted=args.eval
+    )
 
 
 def _convert(args, _):
@@ -131,10 +133,13 @@ COMMANDS = {
         _train,
     ),
     "evaluate": Command(
-        "Zero-shot accuracy of a run's student and of its teacher, as a table.",
-        "uta-jax evaluate --workdir=runs/demo --json=scores.json",
+        "What a run's student and its teacher can do, as a table: zeroshot, retrieval, knn, "
+        "linear_probe, dense, alignment.",
+        "uta-jax evaluate --workdir=runs/demo --eval zeroshot knn --json=scores.json",
         (
             _WORKDIR,
+            ("--eval", {"nargs": "+", "default": (), "metavar": "NAME",
+                        "help": "what to measure (default: config.eval.names of the run)"}),
             ("--exported", {"help": "also this exported Hugging Face directory, run in PyTorch"}),
             ("--json", {"help": "write the same figures to this file"}),
         ),

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from uta_jax import UserError, masking
 from uta_jax.data import sources
 from uta_jax.data.loader import Reading
+from uta_jax.eval_keys import EVAL_RULES, add_eval
 from uta_jax.models import presets
 from uta_jax.models.presets import ClipSpec
 from uta_jax.models.vit import REMAT
@@ -97,12 +98,7 @@ def _add_run(c: ConfigDict) -> None:
     c.train.max_bad_steps = 3  # updates in a row that are not finite: the run stops
     c.train.compile_cache = "~/.cache/uta_jax"  # where compilations are kept; "": nowhere
 
-    c.eval = ConfigDict()
-    c.eval.source = "tfds"
-    c.eval.path = ""  # "": no zero-shot evaluation
-    c.eval.split = "val_single"
-    c.eval.batch_size = 256
-    c.eval.templates = ("a photo of a {}.",)
+    add_eval(c)
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # -1: what mesh.fsdp leaves
@@ -137,13 +133,6 @@ def _is_mixture(value: tuple) -> bool:
 
 def _is_place(value: str) -> bool:
     return not value or value.startswith(("/", "~", "gs://"))
-
-
-def _are_templates(value: tuple) -> bool:
-    try:
-        return bool(value) and all(template.format("x") != template for template in value)
-    except (AttributeError, IndexError, KeyError, ValueError):
-        return False
 
 
 _POSITIVE = (lambda v: 0 < v < math.inf), "a finite number > 0"
@@ -195,9 +184,7 @@ _RULES = {
     "train.resume": _one_of(("auto", "must", "never")),
     "train.max_bad_steps": _COUNT,
     "train.compile_cache": (_is_place, 'a path from / or ~ on, or ""'),
-    "eval.source": _one_of(sources.SOURCES),
-    "eval.batch_size": _COUNT,
-    "eval.templates": (_are_templates, "one text or more, each with one {} for the class name"),
+    **EVAL_RULES,
 }
 
 

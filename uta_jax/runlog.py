@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 
 from uta_jax import UserError, ledger, metrics
+from uta_jax.evals import is_scored
 from uta_jax.ledger import Ledger
 from uta_jax.metrics import Meter, Writer, progress_bar
 
@@ -46,7 +47,7 @@ class Log:
         self.bad_steps, self._in_a_row = saved.get("bad_steps", (0, 0))
         self._plan, self._times, self._pending = plan, times, None
         rows = metrics.read(workdir / "metrics.jsonl")
-        self.has_scores = any("zeroshot/top1" in r and r["step"] == step for r in rows)
+        self.has_scores = any(is_scored(r) and r["step"] == step for r in rows)
         if saved:
             self._carry_on(saved, rows, step)
         self._writer = Writer(workdir, step)

@@ -26,16 +26,16 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from uta_jax import UserError, faults, xla_cache
+from uta_jax import UserError, evals, faults, xla_cache
 from uta_jax import config as configs
 from uta_jax import mesh as meshes
 from uta_jax.checkpoint import Checkpoints, folder
 from uta_jax.checkpoint.lock import Lock
 from uta_jax.config_files import load_config, save_config
 from uta_jax.data.loader import TrainLoader
-from uta_jax.data.sources import open_source
 from uta_jax.data.tokenizer import Tokenizer
-from uta_jax.evals.zeroshot import ZeroShot
+from uta_jax.evals.features import Features
+from uta_jax.evals.setting import Data, Setting
 from uta_jax.interop.export import fitting_formats
 from uta_jax.interop.teacher import load_clip, read_spec
 from uta_jax.ledger import Ledger
@@ -115,15 +115,15 @@ def prepare(
     config: ConfigDict, recipe: Recipe, mesh, workdir: Path, signals: Signals, times: Ledger
 ) -> Run:
     """Load the teacher, place its vision tower on the devices, set up the evaluation."""
-    frozen, text, provenance = {}, None, {}
+    frozen, params, provenance = {}, {}, {}
     if recipe.task.teacher:
         with configs.blame("config.teacher.path"):
             teacher = load_clip(config.teacher.path, recipe.task.teacher.vision.image_size)
         vision = cast(teacher.params["vision"], recipe.task.teacher_dtype)
         frozen = meshes.place(mesh, {"vision": vision})
-        text, provenance = teacher.params["text"], teacher.provenance
+        params, provenance = teacher.params, teacher.provenance
     agreement = Agreement(signals)
-    evaluate = make_evaluator(config, recipe, mesh, text, agreement.interruptible)
+    evaluate = make_evaluator(config, recipe, mesh, params, agreement.interruptible)
     return Run(
         config, recipe, mesh, workdir, frozen, evaluate, provenance, signals, agreement, times
     )
@@ -134,26 +134,32 @@ def cast(params: dict, dtype: str) -> dict:
     return jax.tree.map(lambda leaf: np.asarray(leaf).astype(jax.numpy.dtype(dtype)), params)
 
 
-def make_evaluator(config: ConfigDict, recipe: Recipe, mesh, teacher_text: dict | None, watched):
+def make_evaluator(config: ConfigDict, recipe: Recipe, mesh, teacher: dict, watched):
     """The function ``state -> figures`` that the loop calls between updates.
 
-    ``watched``: wraps the batches, so that an evaluation can be left off.
+    ``teacher``: its parameters on the host. ``watched``: wraps the batches, so that an evaluation
+    can be left off.
     """
     if not config.eval.path:
         return lambda state: {}
-    with configs.blame("config.eval"):
-        source = open_source(config.eval.source, config.eval.path, config.eval.split)
-        sharding = meshes.batch_sharding(mesh)
-        options = (sharding, configs.reading_of(config.data))
-        size, templates = config.eval.batch_size, config.eval.templates
-        zeroshot = ZeroShot(source, templates, size, *options, watched=watched)
+    wanted, task = evals.check_names(config.eval.names), recipe.task
+    data, size = Data(config), config.eval.batch_size
+    evals.open_all(data, wanted)
+    if "alignment" not in wanted:
+        teacher = {name: tree for name, tree in teacher.items() if name != "vision"}  # large
 
     def evaluate(state: TrainState) -> dict[str, float]:
         faults.reach("eval")
-        params = meshes.fetch(state.ema or state.params)
-        text = params["text"] if recipe.task.text else teacher_text
-        figures = zeroshot(recipe.task.clip, {"vision": params["vision"], "text": text})
-        return {f"zeroshot/{name}": value for name, value in figures.items()}
+        params = teacher | meshes.fetch(state.ema or state.params)
+        features = Features(size, mesh, configs.reading_of(config.data), watched=watched)
+        cfg = Setting(config.eval, task.clip, task.teacher, data, features)
+        found = evals.measure(wanted, params, teacher, cfg)
+        return {
+            f"{name}/{figure}": value
+            for name, figures in found.items()
+            for figure, value in figures.items()
+            if not evals.is_detail(figure)
+        }
 
     return evaluate
 
