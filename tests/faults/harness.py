@@ -83,9 +83,9 @@ class Trial:
         for folder_name in ("warm", "whole"):  # the first fills the cache of compilations
             start = time.monotonic()
             done = self.start(self.base / folder_name, keep=99)
-            out, _ = done.wait()
+            out, error = done.wait()
             if done.codes() != [0] * processes:
-                raise SystemExit(f"the uninterrupted run failed:\n{out}")
+                raise SystemExit(f"the uninterrupted run failed:\n{out}{error}")
             self.seconds = time.monotonic() - start
         self.rows = figures(whole)
         steps = folder.acknowledged(whole / "checkpoints")
@@ -109,7 +109,8 @@ class Trial:
         if self.processes > 1:
             address = f"127.0.0.1:{free_port()}"
             env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(self.processes)}
-        envs = [env | {"JAX_PROCESS_ID": str(n)} for n in range(self.processes)]
+        numbers = range(self.processes)  # one process alone must not be told its number
+        envs = [env | ({"JAX_PROCESS_ID": str(n)} if len(numbers) > 1 else {}) for n in numbers]
         if fault and fault != "random":
             envs[struck]["UTA_FAULT"] = fault
         return Processes(command, envs, workdir)
