@@ -78,6 +78,7 @@ setup(
             "pyyaml>=6,<7",
             "emoji>=2.14,<3",
             "webdataset==1.0.2",  # parity of tar shards
+            "libtpu>=0.0.52,<0.1",  # the TPU compiler, for the plan's test; runs on any CPU
         ],
     },
 )
