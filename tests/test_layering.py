@@ -14,6 +14,10 @@ ROOT = Path(__file__).parents[1]
 # Modules and packages in order: each imports only what stands above it.
 MODULES = (
     "__init__",
+    "lifeline",
+    "places",
+    "processes",
+    "watchdog",
     "faults",
     "ledger",
     "xla_cache",

@@ -24,8 +24,10 @@ def _act(args, overrides):
 
 
 def _evaluate(args, _):
+    from uta_jax import processes
     from uta_jax.evals import evaluate
 
+    processes.refuse_several("evaluate")
     evaluate(
         args.workdir, exported=args.exported or "", json_file=args.json or "", wanted=args.eval
     )
@@ -52,13 +54,15 @@ def _convert(args, _):
 
 
 def _export(args, _):
-    from uta_jax import report
+    from uta_jax import processes, report
 
     if bool(args.workdir) == bool(args.model):
         raise UserError("give either --workdir (a run) or --model (a directory or file)")
     options = {name: getattr(args, name) for name in ("overwrite", "dtype", "licence", "home")}
     if args.workdir:
-        report.export_run(args.workdir, args.format, args.out, **options)
+        with processes.started():
+            report.export_run(args.workdir, args.format, args.out, **options)
+            processes.gather("written", None)
     else:
         report.export_model(args.model, args.format, args.out, preset=args.preset, **options)
 
@@ -89,8 +93,10 @@ def _plan(args, overrides):
 
 
 def _report(args, _):
+    from uta_jax import processes
     from uta_jax.report import report
 
+    processes.refuse_several("report")
     report(args.workdir)
 
 

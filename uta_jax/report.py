@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 
 from uta_jax import config as configs
-from uta_jax import metrics
+from uta_jax import metrics, processes
 from uta_jax.checkpoint import SavedRun, load_run
 from uta_jax.data.loader import TrainLoader
 from uta_jax.evals import evaluate
@@ -53,6 +53,8 @@ def export_run(
     else:
         card["zero-shot top-1"] = "not measured at this step"
     card["licence"] = licence
+    if not processes.is_first():
+        return
     tokenizer = run.teacher.tokenizer_file if run.teacher else None
     done = export(run.clip, run.spec, fmt, out, card, overwrite, dtype, tokenizer, home)
     print(f"{out}: {fmt}, {dtype}, re-read and equal; {done}")

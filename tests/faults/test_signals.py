@@ -22,8 +22,8 @@ def trial(tmp_path_factory):
 @pytest.mark.parametrize(
     "fault, step",
     [
-        ("compile:term", 1),  # the update that was compiled is done
-        ("step:int:3", 4),  # known one update late
+        ("compile:term", 2),  # it is known one update late
+        ("step:int:3", 4),
         ("eval:term", 4),
         ("save.commit:term", None),  # in the background, whenever that is
     ],

@@ -50,6 +50,8 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             temporary_path_class=_temporary_path(self._acknowledge),
+            # Where a directory cannot be made, whoever waits for it would do so for minutes.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         self._under_way: int | None = None  # step
 

@@ -90,7 +90,7 @@ class Features:
 
     def placed(self, params: dict) -> dict:
         """A whole copy on every device, once instead of with every batch."""
-        return jax.device_put(params, meshes.replicated(self.mesh))
+        return meshes.replicate(self.mesh, params)
 
     def batches(self, spec: ClipSpec, source: Source) -> Iterator[dict]:
         """The images as the model of ``spec`` takes them, every example once."""
