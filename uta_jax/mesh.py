@@ -47,17 +47,26 @@ def start_up() -> None:
     _keep_freed_memory()
 
 
+# glibc's M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX: what keeps freed memory, and its own defaults.
+_KEEPING = ((-4, 0), (-1, 2**31 - 1), (-8, 1))
+_DEFAULTS = ((-4, 65536), (-1, 128 * 1024), (-8, 0))
+
+
 def _keep_freed_memory() -> None:
     """On CPU, let the C allocator keep what XLA frees after each step; elsewhere, do nothing.
 
     glibc hands large blocks back to the kernel and the next step faults every page in again, which
-    costs small models more than their arithmetic does.
+    costs small models more than their arithmetic does. It must be told before JAX starts: its
+    threads come with arenas of their own, which no option keeps from giving memory back. Which
+    platform it is, only JAX knows; so elsewhere all is set back.
     """
-    if jax.default_backend() != "cpu" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
-    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
+    for option, value in _KEEPING:
         libc.mallopt(option, value)
+    if jax.default_backend() != "cpu":
+        for option, value in _DEFAULTS:
+            libc.mallopt(option, value)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mesh:
