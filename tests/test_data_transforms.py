@@ -8,11 +8,12 @@ import cykooz_resizer
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from uta_jax import UserError
-from uta_jax.data import bench, transforms
-from uta_jax.data.decode import SCALES, decode_jpeg, jpeg_size
+from uta_jax.data import BadExample, bench, transforms
+from uta_jax.data.decode import CONTEXT, SCALES, decode_jpeg, jpeg_size
 from uta_jax.data.pictures import Pictures, picture
 from uta_jax.data.transforms import jpeg_scale, sample_crop, to_input, train_transform
 
@@ -109,6 +110,61 @@ def test_jpegs_decode_at_exactly_the_asked_fraction(scale):
         assert jpeg_size(data) == (width, height)
         pixels = decode_jpeg(data, (width, height), scale)
         assert pixels.shape == (-(-height // scale), -(-width // scale), 3)
+
+
+@pytest.mark.parametrize("scale", (1, *SCALES))
+@pytest.mark.parametrize("colours", ["444", "422", "420", "440", "411", "Gray"])
+def test_decoding_down_to_a_row_changes_nothing_above_it(colours, scale):
+    width, height = 101, 183
+    pixels = np.asarray(noise(width, height))
+    if colours == "Gray":
+        data = simplejpeg.encode_jpeg(pixels[..., :1].copy(), colorspace="GRAY")
+    else:
+        data = simplejpeg.encode_jpeg(pixels, colorsubsampling=colours)
+    whole, lengths = decode_jpeg(data, (width, height), scale), set()
+    for bottom in range(1, height + 1):
+        rows, needed = decode_jpeg(data, (width, height), scale, bottom=bottom), -(-bottom // scale)
+        assert len(rows) >= needed and np.array_equal(rows[:needed], whole[:needed])
+        lengths.add(len(rows))
+    assert min(lengths) == max(8, 1 + CONTEXT) and max(lengths) == len(whole)
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"restart_marker_rows": 1}])
+def test_jpegs_whose_rest_could_hide_damage_are_decoded_whole(options):
+    data = encode(noise(64, 96), "JPEG", **options)
+    pixels = decode_jpeg(data, (64, 96), bottom=9)
+    assert np.array_equal(pixels, decode_jpeg(data, (64, 96)))
+
+
+def test_a_jpeg_that_ends_early_is_found_wherever_the_crop_ends(photo):
+    for end in (len(photo) - 2, len(photo) - 1, len(photo) // 2, len(photo) // 10):
+        assert all(decode_jpeg(photo[:end], (500, 375), bottom=b) is None for b in (9, 180, 375))
+    assert len(decode_jpeg(photo + b"after the end", (500, 375), bottom=180)) == 180 + CONTEXT
+
+
+def test_flipped_bytes_give_the_pixels_of_the_whole_image_or_none():
+    size, rng = (48, 96), np.random.default_rng(0)
+    clean, outcomes = encode(noise(*size), "JPEG", quality=60), set()
+    for _ in range(1500):
+        data = bytearray(clean)
+        header = rng.random() < 0.5
+        data[int(rng.integers(2, 640 if header else len(data)))] = int(rng.integers(256))
+        data = bytes(data)
+        if not (found := _size_or_none(data)):
+            continue
+        rows = decode_jpeg(data, found, bottom=40)
+        # What is found amiss below the rows asked for makes no difference to them.
+        whole = decode_jpeg(data, found, strict=rows is None)
+        outcomes.add((rows is None, whole is None))
+        assert rows is None or np.array_equal(rows[:40], whole[:40])
+    assert outcomes == {(False, False), (True, True)}
+
+
+def _size_or_none(data: bytes) -> tuple[int, int] | None:
+    try:
+        return jpeg_size(data)
+    except BadExample:
+        return None
 
 
 def test_flip_is_off_when_asked_and_half_the_time_otherwise():

@@ -1,6 +1,8 @@
 """The whole way: train, interrupt, resume, evaluate, export, report."""
 
+import itertools
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -8,11 +10,12 @@ import pytest
 
 from uta_jax import UserError, metrics
 from uta_jax import train as training
-from uta_jax.checkpoint import Checkpoints, load_run
+from uta_jax.checkpoint import Checkpoints, load_params, load_run
 from uta_jax.config import default_config
 from uta_jax.evals import evaluate
 from uta_jax.interop.teacher import load_clip
 from uta_jax.report import export_run, report
+from uta_jax.runlog import NotFinite
 
 STEPS = 6
 
@@ -68,8 +71,11 @@ def _state(config, workdir):
 
 def _rows(workdir):
     timed = ("images_per_s", "data_wait_ms", "data_wait_ms_by_step", "seconds")
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+    rows = [row for row in metrics.read(workdir / "metrics.jsonl") if "ended" not in row]
+    return [
+        {k: v for k, v in row.items() if k not in timed and not k.startswith("seconds/")}
+        for row in rows
+    ]
 
 
 def test_interrupted_anywhere_and_resumed_is_the_uninterrupted_run(
@@ -100,6 +106,7 @@ def test_train_evaluate_export_report(config, scenes, tmp_path, teacher_dir, cap
     export_run(workdir, "hf", exported)
     scores = evaluate(workdir, exported=str(exported), json_file=str(tmp_path / "scores.json"))
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    scores = scores["zeroshot"]
     assert scores["student"]["n"] == 128
     assert abs(scores["student"]["top1"] - scores["exported"]["top1"]) <= 1 / 128
     summary = report(workdir)
@@ -134,25 +141,47 @@ def test_resuming_refuses_other_data_and_another_teacher(config, tmp_path):
     training.train(config, workdir)  # and with the mistakes mended it goes on
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(config, tmp_path, monkeypatch):
-    good = training.compile_step
+def test_updates_that_are_not_finite_are_left_out_and_stop_the_run(
+    config, tmp_path, monkeypatch, capsys
+):
+    """The loss is NaN where an example is in the batch, so also after a resume."""
+    config.eval.path, config.train.max_bad_steps = "", 2
+    loader = training.TrainLoader(
+        training.configs.open_data(config.data), batch_size=16, seed=0, image_size=64,
+        crop_scale=config.data.crop_scale,
+    )  # fmt: skip
+    seen = [np.asarray(next(loader)["index"]) for _ in range(STEPS)]
+    loader.close()
+    bad = [seen[step - 1][0] for step in (2, 4, 5)]
+    uta = training.OBJECTIVES["uta"]
 
-    def compile_bad(*args):
-        update = good(*args)
+    def loss(params, frozen, batch, rng, task):
+        value, figures = uta.loss(params, frozen, batch, rng, task)
+        poison = jax.numpy.isin(batch["index"], np.asarray(bad)).any()
+        return jax.numpy.where(poison, np.nan, value), figures
 
-        def bad(state, frozen, batch):
-            step = int(state.step)
-            state, values = update(state, frozen, batch)
-            return state, values | ({"grad_norm": np.float32("nan")} if step == 2 else {})
-
-        return bad
-
-    monkeypatch.setattr(training, "compile_step", compile_bad)
-    with pytest.raises(FloatingPointError, match="step 3"):
+    monkeypatch.setitem(training.OBJECTIVES, "uta", replace(uta, loss=loss))
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 4)  # with one of two saved
+        with pytest.raises(_Interrupted):
+            training.train(config, tmp_path / "run")
+    out = capsys.readouterr()
+    assert "step 2: not finite: loss" in out.out + out.err
+    with pytest.raises(NotFinite, match="step 5: .*2 in a row .*last good one is step 3, .*"):
         training.train(config, tmp_path / "run")
+    capsys.readouterr()
     checkpoints = Checkpoints(tmp_path / "run")
-    assert checkpoints.latest() == 2
-    checkpoints.close()
+    assert checkpoints.latest() == 4
+    params = [load_params(tmp_path / "run", step=step) for step in (1, 2, 3, 4)]
+    equal = [_equal(*pair) for pair in itertools.pairwise(params)]
+    assert equal == [True, False, True]
+    assert [row["bad_steps"] for row in _rows(tmp_path / "run")] == [0, 1, 1, 2]
+    assert NotFinite.exit_code == 3
+
+
+def _equal(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
 
 
 def test_an_evaluation_lost_to_an_interruption_is_made_up(config, tmp_path, monkeypatch, capsys):
@@ -218,5 +247,6 @@ def test_made_up_data_and_other_data_where_that_is_allowed(config, tmp_path, cap
     out = capsys.readouterr().out
     assert "DATA CHANGED: fingerprint: " in out and "goes on after 32 examples" in out
     assert load_run(tmp_path / "run").meta["data"]["examples_seen"] == 64
-    waits = [row["data_wait_ms_by_step"] for row in metrics.read(tmp_path / "run/metrics.jsonl")]
+    rows = metrics.read(tmp_path / "run/metrics.jsonl")
+    waits = [row["data_wait_ms_by_step"] for row in rows if "ended" not in row]
     assert [len(of_one) for of_one in waits] == [1, 1, 1, 1]

@@ -16,5 +16,8 @@ __version__ = "0.1.0"
 class UserError(ValueError):
     """A mistake the user can mend: one line naming the key, the value and the fix.
 
-    The command line prints the line alone, without a traceback, and exits with code 2.
+    The command line prints the line alone, without a traceback, and exits with ``exit_code``; the
+    README lists those of the subclasses.
     """
+
+    exit_code = 2

@@ -4,7 +4,8 @@ import argparse
 import sys
 
 from uta_jax import UserError, __version__
-from uta_jax.commands import COMMANDS, DATA, Command
+from uta_jax.actions import ACTIONS, Command
+from uta_jax.commands import COMMANDS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,12 +40,12 @@ def _add_commands(parser, commands: dict[str, Command], dest: str, metavar: str)
         )
         for argument, options in command.arguments:
             sub.add_argument(argument, **options)
-        if name == "data":
-            _add_commands(sub, DATA, "action", "ACTION")
+        if name in ACTIONS:
+            _add_commands(sub, ACTIONS[name], "action", "ACTION")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; its exit code, or 2 after one line about a mistake of the user's."""
+    """Run one command; its exit code, or that of the mistake which it tells of in one line."""
     args, rest = _parser().parse_known_args(argv)
     takes_config = args.command in ("train", "plan")
     if rest and not (takes_config or str(getattr(args, "data", "")).endswith(".py")):
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         return COMMANDS[args.command].run(args, rest) or 0
     except UserError as error:
         print(f"uta-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return error.exit_code
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from uta_jax import UserError
 from uta_jax.config import default_config
+from uta_jax.runlocal import shrink
 
 # What Python, absl and ml_collections raise for a key or a value that they refuse.
 _MISTAKES = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
@@ -30,6 +31,9 @@ def read_config(path: str, arguments: list[str]):
             config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
             values(argv)
             config = values.config
+    if config.runlocal:
+        for key, (old, new) in shrink(config).items():
+            print(f"runlocal: {key}: {old!r} -> {new!r}")
     return config
 
 

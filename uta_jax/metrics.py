@@ -30,11 +30,11 @@ class Writer:
 
         self._board = SummaryWriter(str(workdir), purge_step=start_step + 1)
 
-    def write(self, step: int, values: dict[str, float | list[float]]) -> None:
-        """Record ``values`` as those of update ``step`` (1-based); lists in the file alone."""
+    def write(self, step: int, values: dict[str, float | list[float] | str]) -> None:
+        """Record ``values`` as of update ``step`` (1-based); all but numbers in the file alone."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            if not isinstance(value, list):
+            if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -74,13 +74,13 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums, self._steps, self._waits, self._since = {}, 0, [], time.perf_counter()
+        self._sums, self._good, self._waits, self._since = {}, 0, [], time.perf_counter()
 
     def add(self, values: dict[str, float], data_wait_s: float) -> None:
-        """Count one step."""
+        """Count one step; {} where its metrics are of no use."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
-        self._steps += 1
+        self._good += bool(values)
         self._waits.append(1000 * data_wait_s)
 
     def pause(self, seconds: float) -> None:
@@ -94,16 +94,20 @@ class Meter:
         of a process holds the compilation.
         """
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        values = {name: total / self._steps for name, total in self._sums.items()}
+        values = {name: total / self._good for name, total in self._sums.items()}
         values["seconds"] = seconds
-        values["images_per_s"] = self._steps * self._batch_size / seconds
-        values["data_wait_ms"] = sum(self._waits) / self._steps
+        values["images_per_s"] = len(self._waits) * self._batch_size / seconds
+        values["data_wait_ms"] = sum(self._waits) / len(self._waits)
         values["data_wait_ms_by_step"] = [round(wait, 3) for wait in self._waits]
         self._reset()
         return values
 
 
-def progress_bar(total: int, done: int, unit: str = "step", desc: str = "train") -> tqdm:
+def progress_bar(
+    total: int, done: int, unit: str = "step", desc: str = "train", shown: bool = True
+) -> tqdm:
     """Bar over ``unit``s with rate and ETA; a line every 20 seconds where there is no terminal."""
     interval = 0.2 if sys.stderr.isatty() else 20
-    return tqdm(total=total, initial=done, unit=unit, mininterval=interval, desc=desc)
+    return tqdm(
+        total=total, initial=done, unit=unit, mininterval=interval, desc=desc, disable=not shown
+    )

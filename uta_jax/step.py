@@ -47,6 +47,10 @@ def train_step(
     ``batch``: global arrays, ``image`` uint8 [b, h, w, 3] and what else the objective reads.
     Randomness comes from (seed, step) alone, so a resumed run draws what the uninterrupted one
     would have drawn.
+
+    Where the loss or the gradient's norm is not finite, parameters, moments and average stay as
+    they are and the metric ``bad_step`` is 1. Step, schedule and data go on all the same: batch,
+    mask and rate of every update are functions of its number alone.
     """
     rng = step_key(recipe.seed, state.step)
     objective = OBJECTIVES[recipe.task.objective]
@@ -56,13 +60,39 @@ def train_step(
     updates, opt_state = make_optimizer(recipe.optim).update(grads, state.opt_state, state.params)
     params = objective.bound(optax.apply_updates(state.params, updates))
     ema = update_ema(state.ema, params, recipe.ema_decay) if recipe.ema_decay else state.ema
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    params, opt_state, ema = _choose(
+        good, (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+    )
+    metrics |= {f"grad_norm/{name}": x for name, x in group_norms(grads).items()}
     metrics |= {
         "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": norm,
+        "bad_step": 1.0 - good,
         "param_norm": optax.tree.norm(params),
         "lr": schedule(recipe.optim)(state.step),
     }
     return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def _choose(good: Array, new, old):
+    """``new`` where ``good``, else ``old``; counts (integers) are always those of ``new``.
+
+    Selected within the update's own loops over memory: it reads the old values anyway.
+    """
+    return jax.tree.map(
+        lambda n, o: jnp.where(good, n, o) if jnp.issubdtype(n.dtype, jnp.floating) else n, new, old
+    )
+
+
+def group_norms(grads: dict) -> dict[str, Array]:
+    """Norms by group of parameters: ``vision/blocks/attn``, ``vision/head``, ``logit_scale`` ..."""
+    groups: dict[str, list] = {}
+    for path, grad in jax.tree.leaves_with_path(grads):
+        parts = meshes.path_name(path).split("/")
+        groups.setdefault("/".join(parts[: min(3, len(parts) - 1)] or parts), []).append(grad)
+    return {name: optax.tree.norm(leaves) for name, leaves in groups.items()}
 
 
 def step_key(seed: int, step: Array | int) -> Array:

@@ -2,8 +2,9 @@
 
 Two ways lead to pixels. Pillow decodes every format, in the mode of the file. libjpeg-turbo
 (through simplejpeg) decodes ordinary JPEGs for training, at a fraction of their size where that
-suffices; its pixels at full size are Pillow's, bit for bit. Where libjpeg-turbo finds anything to
-complain of, Pillow decides, so that training and evaluation accept the same files.
+suffices and no further down than the crop reaches; its pixels at full size are Pillow's, bit for
+bit. Where libjpeg-turbo finds anything to complain of, Pillow decides, so that training and
+evaluation accept the same files.
 
 EXIF orientation is ignored, as in the CLIP teachers' evaluation (OpenAI CLIP, open_clip): the
 pixels are used as they are stored. So is all other metadata, broken or not, and of an animation
@@ -12,6 +13,7 @@ hashes of the files can find it.
 """
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -56,6 +58,13 @@ FORMATS = tuple(
     )
 )
 SCALES = (8, 4, 2)  # 1/n: the sizes that libjpeg-turbo's fast inverse transforms produce
+# Rows of the result beyond those asked for that upsampling of colour may look at: one of colour.
+CONTEXT = 2
+# Markers of a JPEG: frames (baseline, extended), a scan, and what changes nothing here (tables of
+# Huffman codes and of quantisation, comments). Those of applications are E0 to EF.
+_FRAMES, _SCAN, _TABLES = (0xC0, 0xC1), 0xDA, (0xC4, 0xDB, 0xFE)
+# libjpeg-turbo's first complaint, where it met nothing before the end of a JPEG but unread data.
+_ONLY_UNREAD = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0xd9")
 
 # Pillow warns of broken metadata, which is ignored, and of sizes that are refused here anyway.
 # For the whole process: catch_warnings, which would undo it, is not safe in threads.
@@ -121,7 +130,12 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def decode_jpeg(
-    data: bytes, size: tuple[int, int], scale: int = 1, order: str = "RGB", strict: bool = True
+    data: bytes,
+    size: tuple[int, int],
+    scale: int = 1,
+    order: str = "RGB",
+    strict: bool = True,
+    bottom: int | None = None,
 ) -> np.ndarray | None:
     """Decode a JPEG at 1/scale: uint8 [ceil(height / scale), ceil(width / scale), 3].
 
@@ -130,17 +144,62 @@ def decode_jpeg(
       scale: 1, 2, 4 or 8; pixel k of the result covers pixels k * scale ... of the image.
       order: of the channels, "RGB" or "BGR".
       strict: None also where libjpeg-turbo could go on, as after an early end of the file.
+      bottom: rows of the image that are needed. The result may end below them (the rows that it
+        has are the same), and of damage below them only an early end of the file is found.
 
     Returns:
       The pixels, or None where libjpeg-turbo complains.
     """
     width, height = size
+    if strict and bottom is not None:
+        # Under 8 rows, two scales may give the same size, and libjpeg-turbo takes either.
+        rows = max(-(-bottom // scale) + CONTEXT, 8) * scale
+        if rows < height and (short := _shortened(data, rows)):
+            pixels = _first_rows(short, (width, rows), scale, order)
+            if pixels is not None:
+                return pixels
     try:
         return simplejpeg.decode_jpeg(
             data, order, min_height=-(-height // scale), min_width=-(-width // scale), strict=strict
         )
     except ValueError:
         return None
+
+
+def _shortened(data: bytes, rows: int) -> bytearray | None:
+    """The JPEG with `rows` as its height, at which decoders stop; None where that is no good.
+
+    libjpeg-turbo complains of the unread rest, and then of nothing after it. So that this hides no
+    damage to the rows, all of them must precede it: one sequential scan of all components. Nor must
+    the rest contain restart markers, or an early end of the file would be hidden.
+    """
+    at, frame, components = 2, 0, 0
+    while data[at] == 0xFF and (marker := data[at + 1]) != _SCAN:
+        if marker in _FRAMES:  # length (2 bytes), precision, height (2), width (2), components
+            frame, components = at, data[at + 9]
+        elif not (marker in _TABLES or 0xE0 <= marker <= 0xEF):
+            return None
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    if not frame or data[at] != 0xFF or data[at + 4] != components:
+        return None
+    short = bytearray(data)
+    short[frame + 5 : frame + 7] = rows.to_bytes(2, "big")
+    return short
+
+
+def _first_rows(
+    short: bytearray, size: tuple[int, int], scale: int, order: str
+) -> np.ndarray | None:
+    """decode_jpeg of what _shortened returns."""
+    width, rows = size
+    pixels = np.empty((rows // scale, -(-width // scale), 3), np.uint8)
+    try:
+        simplejpeg.decode_jpeg(
+            short, order, min_height=len(pixels), min_width=pixels.shape[1], buffer=pixels
+        )
+    except ValueError as error:
+        return pixels if _ONLY_UNREAD.fullmatch(str(error)) else None
+    return pixels
 
 
 def _check_bytes(data: bytes) -> None:

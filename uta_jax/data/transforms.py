@@ -2,10 +2,10 @@
 
 Evaluation follows the CLIP teachers (OpenAI CLIP, open_clip) to the last bit: Pillow resizes and
 crops in the image's own mode and converts to RGB. Training decides on its random box from the
-header, decodes an ordinary JPEG at the smallest fraction of its size that still holds every pixel
-asked for, and resizes with the same antialiased bicubic filter from a faster library. Images that
-are neither ordinary JPEGs nor of mode RGB are resized as in evaluation. What is decoded at all, and
-that EXIF orientation is ignored, is told in decode.py, for both.
+header, decodes an ordinary JPEG down to the box's last row at the smallest fraction of its size
+that still holds every pixel asked for, and resizes with the same antialiased bicubic filter from a
+faster library. Images that are neither ordinary JPEGs nor of mode RGB are resized as in evaluation.
+What is decoded at all, and that EXIF orientation is ignored, is told in decode.py, for both.
 
 JAX is imported where it is used: the processes that decode need none.
 """
@@ -13,6 +13,7 @@ JAX is imported where it is used: the processes that decode need none.
 from __future__ import annotations
 
 import math
+from random import Random
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)  # a = -1/2, antialiased, as Pillow's
+WHOLE = ResizeOptions(BICUBIC)  # of all pixels of an image
 
 
 def sample_crop(
-    rng: np.random.Generator,
+    rng: Random,
     width: int,
     height: int,
     scale: tuple[float, float],
@@ -48,12 +50,14 @@ def sample_crop(
     Its share of the area is uniform in `scale`, the logarithm of its width / height uniform in log
     `ratio`. After 10 boxes that stick out, the largest central box whose shape lies within `ratio`.
     """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        shape = math.exp(low + (high - low) * rng.random())
         w, h = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            left = int((width - w + 1) * rng.random())
+            top = int((height - h + 1) * rng.random())
             return left, top, left + w, top + h
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
@@ -63,7 +67,7 @@ def sample_crop(
 
 def train_transform(
     data: bytes,
-    rng: np.random.Generator,
+    rng: Random,
     size: int,
     scale: tuple[float, float] = (0.4, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -90,7 +94,7 @@ def train_transform(
         reduction = jpeg_scale(box, size)
         # Blue first where rows are to be read backwards: that gives the mirrored row, red first.
         order = "BGR" if flipped else "RGB"
-        pixels = decode_jpeg(data, header, reduction, order, strict=not allow_truncated)
+        pixels = decode_jpeg(data, header, reduction, order, not allow_truncated, bottom=box[3])
         if pixels is not None:
             pixels = _resized(pixels, tuple(side / reduction for side in box), size)
             return _backwards(pixels) if flipped else pixels
@@ -106,8 +110,9 @@ def _backwards(pixels: np.ndarray) -> np.ndarray:
     """uint8 [h, w, c] with the bytes of every row in reverse: mirrored, last channel first."""
     rows = pixels.reshape(len(pixels), -1)
     # Whole words at a time where they fit, four times as fast as bytes.
-    word = next(size for size in (8, 4, 2, 1) if rows.shape[1] % size == 0)
-    return rows.view(f"u{word}")[:, ::-1].byteswap().view(np.uint8).reshape(pixels.shape)
+    word = np.dtype(next(f"u{size}" for size in (8, 4, 2, 1) if rows.shape[1] % size == 0))
+    swapped = rows.view(word.newbyteorder())[:, ::-1]
+    return swapped.astype(word).view(np.uint8).reshape(pixels.shape)
 
 
 def jpeg_scale(box: tuple[int, int, int, int], size: int) -> int:
@@ -127,8 +132,11 @@ def _resized(pixels: np.ndarray, box: tuple[float, float, float, float], size: i
     window = pixels[y : math.ceil(box[3]), x : math.ceil(box[2])]
     source = ImageData(window.shape[1], window.shape[0], PixelType.U8x3, window.tobytes())
     target = ImageData(size, size, PixelType.U8x3)
-    crop = CropBox(box[0] - x, box[1] - y, box[2] - box[0], box[3] - box[1])
-    Resizer().resize(source, target, ResizeOptions(BICUBIC, crop_box=crop))
+    crop = (box[0] - x, box[1] - y, box[2] - box[0], box[3] - box[1])
+    options = WHOLE
+    if crop != (0, 0, source.width, source.height):
+        options = ResizeOptions(BICUBIC, crop_box=CropBox(*crop))
+    Resizer().resize(source, target, options)
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
 
 

@@ -191,20 +191,41 @@ def block_stack(spec: VitSpec | TextSpec, dtype, remat: str = "none", causal: bo
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of flattened patches: a convolution whose stride is its size."""
+    """Linear map of flattened patches: a convolution whose stride is its size.
+
+    Of an image with a mask, the pixels of the kept patches are gathered first and nothing of a
+    dropped one is computed. A whole image is convolved: on CPU, XLA then adds in the order of
+    PyTorch's convolution, and fp32 tokens agree three times as closely as after a matrix product.
+    """
 
     spec: VitSpec
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, patches_bnp: Array) -> Array:
-        width, size = self.spec.width, 3 * self.spec.patch_size**2
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (size, width))
-        x_bnd = patches_bnp.astype(self.dtype) @ mesh.gather(kernel.astype(self.dtype))
+    def __call__(self, image_bhwc: Array, keep_bk: Array | None) -> Array:
+        """[b, h, w, 3] -> [b, k, d]; all patches, row-major, where ``keep_bk`` is None."""
+        size, width = self.spec.patch_size, self.spec.width
+        shape = (3 * size**2, width)
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
+        kernel, image_bhwc = mesh.gather(kernel.astype(self.dtype)), image_bhwc.astype(self.dtype)
+        if keep_bk is None:
+            x_bkd = _convolve(image_bhwc, kernel, size)
+        else:
+            x_bkd = gather_tokens(patchify(image_bhwc, size), keep_bk) @ kernel
         if self.spec.patch_bias:
             bias = self.param("bias", nn.initializers.zeros, (width,))
-            x_bnd = x_bnd + bias.astype(self.dtype)[None, None]
-        return x_bnd
+            x_bkd = x_bkd + bias.astype(self.dtype)[None, None]
+        return x_bkd
+
+
+def _convolve(image_bhwc: Array, kernel_pd: Array, size: int) -> Array:
+    """``patchify(image_bhwc, size) @ kernel_pd`` as a convolution."""
+    kernel = kernel_pd.reshape(size, size, 3, -1)
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(
+        image_bhwc, kernel, (size, size), "VALID", dimension_numbers=dimensions
+    )
+    return x.reshape(len(image_bhwc), -1, kernel_pd.shape[1])
 
 
 class Vit(nn.Module):
@@ -265,11 +286,8 @@ class Vit(nn.Module):
         return self.head(tokens_bkd)
 
     def _embed(self, image_bhwc, keep_bk):
-        patches_bnp = patchify(image_bhwc, self.spec.patch_size)
+        x_bkd = self.patch_embed(image_bhwc, keep_bk)
         place_bk = jnp.arange(self.spec.tokens)[None] if keep_bk is None else keep_bk
-        if keep_bk is not None:
-            patches_bnp = gather_tokens(patches_bnp, keep_bk)
-        x_bkd = self.patch_embed(patches_bnp)
         if self.spec.cls:
             # Row 0 of every table belongs to CLS.
             place_bk = jnp.pad(place_bk + 1, ((0, 0), (1, 0)))
