@@ -14,6 +14,10 @@ ROOT = Path(__file__).parents[1]
 # Modules and packages in order: each imports only what stands above it.
 MODULES = (
     "__init__",
+    "lifeline",
+    "places",
+    "processes",
+    "watchdog",
     "faults",
     "ledger",
     "xla_cache",
@@ -26,6 +30,7 @@ MODULES = (
     "optimizer",
     "metrics",
     "step",
+    "eval_keys",
     "config",
     "runlocal",
     "config_files",
@@ -35,13 +40,24 @@ MODULES = (
     "embed",
     "runlog",
     "train",
+    "replay",
     "hlo",
     "plan",
     "report",
+    "actions",
     "commands",
     "__main__",
 )
-CONFIGURED = {"config", "runlocal", "config_files", "checkpoint", "train", "plan"}
+CONFIGURED = {
+    "eval_keys",
+    "config",
+    "runlocal",
+    "config_files",
+    "checkpoint",
+    "train",
+    "replay",
+    "plan",
+}
 TORCH = {"torch", "torchvision", "transformers", "open_clip", "timm"}
 
 

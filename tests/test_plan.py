@@ -155,3 +155,9 @@ def test_a_tpu_slice_that_is_not_here(tmp_path):
     assert figures["cycles"] > 0 and 0 < figures["mfu"] < 1
     assert figures["collectives"]["all-gather"] > 0
     assert done.stderr == ""  # the library's own noise would drown a mistake
+    options[0] = "--batch-per-chip=20000"
+    much = subprocess.run(
+        [*command, *options], env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True
+    )
+    assert much.returncode == 2 and much.stderr.count("\n") == 1, much.stderr[-2000:]
+    assert "GB too much: try --batch-per-chip=max or" in much.stderr

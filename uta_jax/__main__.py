@@ -4,7 +4,8 @@ import argparse
 import sys
 
 from uta_jax import UserError, __version__, quiet_tpu_library
-from uta_jax.commands import COMMANDS, DATA, Command
+from uta_jax.actions import ACTIONS, Command
+from uta_jax.commands import COMMANDS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,8 +40,8 @@ def _add_commands(parser, commands: dict[str, Command], dest: str, metavar: str)
         )
         for argument, options in command.arguments:
             sub.add_argument(argument, **options)
-        if name == "data":
-            _add_commands(sub, DATA, "action", "ACTION")
+        if name in ACTIONS:
+            _add_commands(sub, ACTIONS[name], "action", "ACTION")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,35 +2,36 @@
 
 import argparse
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from uta_jax import UserError
+from uta_jax.actions import ACTIONS, OUT, Command
 from uta_jax.config_files import read_config
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: what it does, an example, its arguments and the function that runs it."""
-
-    summary: str
-    example: str
-    arguments: tuple[tuple[str, dict], ...]
-    run: Callable[[argparse.Namespace, list[str]], int | None]  # the exit code, if not 0
 
 
 def _train(args, overrides):
     from uta_jax.ledger import process_age
+    from uta_jax.replay import replay
     from uta_jax.train import train
 
     config = read_config(args.config, overrides)
+    if args.replay is not None:
+        replay(config, args.workdir, args.replay)
+        return
     train(config, args.workdir, args.allow_data_change, process_age())
 
 
+def _act(args, overrides):
+    return ACTIONS[args.command][args.action].run(args, overrides)
+
+
 def _evaluate(args, _):
+    from uta_jax import processes
     from uta_jax.evals import evaluate
 
-    evaluate(args.workdir, exported=args.exported or "", json_file=args.json or "")
+    processes.refuse_several("evaluate")
+    evaluate(
+        args.workdir, exported=args.exported or "", json_file=args.json or "", wanted=args.eval
+    )
 
 
 def _convert(args, _):
@@ -54,13 +55,15 @@ def _convert(args, _):
 
 
 def _export(args, _):
-    from uta_jax import report
+    from uta_jax import processes, report
 
     if bool(args.workdir) == bool(args.model):
         raise UserError("give either --workdir (a run) or --model (a directory or file)")
     options = {name: getattr(args, name) for name in ("overwrite", "dtype", "licence", "home")}
     if args.workdir:
-        report.export_run(args.workdir, args.format, args.out, **options)
+        with processes.started():
+            report.export_run(args.workdir, args.format, args.out, **options)
+            processes.gather("written", None)
     else:
         report.export_model(args.model, args.format, args.out, preset=args.preset, **options)
 
@@ -72,66 +75,6 @@ def _embed(args, _):
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     for name, shape in embed(args.model, args.out, **options).items():
         print(f"{args.out}: {name} {list(shape)}")
-
-
-def _data_emoji_scenes(args, _):
-    from uta_jax.data import emoji_scenes
-
-    sizes = {name: getattr(args, name) for name in (*emoji_scenes.SPLITS, "size", "seed")}
-    out = emoji_scenes.build(args.out, **{k: v for k, v in sizes.items() if v is not None})
-    print(f"{out}: ready; read it with --config.data.source=tfds --config.data.path={out}")
-
-
-def _data_verify(args, overrides):
-    from uta_jax.data.files import cpu_count
-    from uta_jax.data.verify import verify
-
-    source, data = _open_data(args, overrides)
-    names = ("timeout_s", "allow_truncated")
-    report = verify(
-        source,
-        **{name: data[name] for name in names if data},
-        workers=cpu_count() if args.workers is None else args.workers,
-        json_file=args.json,
-        hashes=args.hashes,
-        write_hashes=args.write_hashes,
-    )
-    return int(not report["good"])
-
-
-def _data_index(args, _):
-    from uta_jax.data.tarbuild import build_index
-
-    for name, value in build_index(args.path, split=args.split).items():
-        print(f"{name:9} {value}")
-
-
-def _data_bench(args, overrides):
-    from uta_jax.data.bench import bench
-
-    source, data = _open_data(args, overrides) if args.data else (None, None)
-    options = {"crop_scale": data.crop_scale} if data else {}
-    options |= {"seconds": args.seconds, "workers": args.workers, "json_file": args.json}
-    bench(source, args.image_size, **options)
-
-
-def _open_data(args, overrides):
-    """(training examples, section `data`) of a recipe, or (those at a path, None)."""
-    from uta_jax.data.sources import open_source
-    from uta_jax.data.verify import guess_kind
-
-    if args.data.endswith(".py"):
-        from uta_jax.config import open_data
-
-        if args.source or args.split:
-            raise UserError("--source, --split: a recipe names its own; --config.data.split=NAME")
-        data = read_config(args.data, overrides).data
-        return open_data(data), data
-    return open_source(args.source or guess_kind(args.data), args.data, args.split), None
-
-
-def _data(args, overrides):
-    return DATA[args.action].run(args, overrides)
 
 
 def _plan(args, overrides):
@@ -162,13 +105,14 @@ def _batch_per_chip(text: str) -> int:
 
 
 def _report(args, _):
+    from uta_jax import processes
     from uta_jax.report import report
 
+    processes.refuse_several("report")
     report(args.workdir)
 
 
 _WORKDIR = ("--workdir", {"required": True, "help": "directory of a training run"})
-_OUT = ("--out", {"required": True, "help": "directory to write; it appears whole or not at all"})
 _OVERWRITE = (
     "--overwrite",
     {"action": "store_true", "help": "replace an earlier export or conversion"},
@@ -178,56 +122,6 @@ _PRESET = (
     {"default": "", "help": "the architecture of weights that come without a configuration"},
 )
 
-_DATA = ("data", {"help": "a recipe, configs/NAME.py, or the path of a data set"})
-_SOURCE = ("--source", {"help": "kind of the data set at the path (default: guessed)"})
-_SPLIT = ("--split", {"default": "", "help": "of the data set at the path"})
-_JSON = ("--json", {"help": "write the same figures to this file"})
-
-# What `uta-jax data` can do.
-DATA = {
-    "emoji_scenes": Command(
-        "Build emoji_scenes: drawings with captions, labels and masks; no download.",
-        "uta-jax data emoji_scenes --out=data/emoji_scenes",
-        (
-            _OUT,
-            ("--train", {"type": int, "help": "scenes to train on (default 30000)"}),
-            ("--val_single", {"type": int, "help": "scenes of one object (default 1280)"}),
-            ("--val_scenes", {"type": int, "help": "scenes of one to four objects (default 1000)"}),
-            ("--size", {"type": int, "help": "side of a scene in pixels (default 80)"}),
-            ("--seed", {"type": int, "help": "of all that is random (default 0)"}),
-        ),
-        _data_emoji_scenes,
-    ),
-    "verify": Command(
-        "Read and decode every example: what is there, what is bad; exit code 1 if anything is.",
-        "uta-jax data verify data/emoji_scenes --split=train --write-hashes=hashes.txt",
-        (
-            _DATA, _SOURCE, _SPLIT, _JSON,
-            ("--workers", {"type": int, "help": "processes that read (default: all processors)"}),
-            ("--write-hashes", {"help": "write a hash of every example to this file"}),
-            ("--hashes", {"help": "compare every example with a file of hashes written before"}),
-        ),
-        _data_verify,
-    ),
-    "index": Command(
-        "Index the tar shards at a path, as training on them would do at its start.",
-        "uta-jax data index data/shards",
-        (("path", {"help": "as config.data.path"}), _SPLIT),
-        _data_index,
-    ),
-    "bench": Command(
-        "Images a second and core by step of the way, against torchvision where it is installed.",
-        "uta-jax data bench --workers=2",
-        (
-            ("data", {"nargs": "?", "help": "a recipe or a path (default: JPEGs of 500x375)"}),
-            _SOURCE, _SPLIT, _JSON,
-            ("--workers", {"type": int, "default": 1, "help": "of every loader"}),
-            ("--image_size", {"type": int, "default": 224, "help": "of the crops, in pixels"}),
-            ("--seconds", {"type": float, "default": 30.0, "help": "how long to measure"}),
-        ),
-        _data_bench,
-    ),
-}  # fmt: skip
 
 COMMANDS = {
     "train": Command(
@@ -248,14 +142,22 @@ COMMANDS = {
                 {"action": "store_true", "help": "go on with other data, another seed or batch "
                  "size than the checkpoint was saved with, after as many examples as were seen"},
             ),
+            (
+                "--replay",
+                {"type": int, "metavar": "STEP", "help": "train nothing; compute this update once "
+                 "more and print its examples, its loss and the norms of its gradient"},
+            ),
         ),
         _train,
     ),
     "evaluate": Command(
-        "Zero-shot accuracy of a run's student and of its teacher, as a table.",
-        "uta-jax evaluate --workdir=runs/demo --json=scores.json",
+        "What a run's student and its teacher can do, as a table: zeroshot, retrieval, knn, "
+        "linear_probe, dense, alignment.",
+        "uta-jax evaluate --workdir=runs/demo --eval zeroshot knn --json=scores.json",
         (
             _WORKDIR,
+            ("--eval", {"nargs": "+", "default": (), "metavar": "NAME",
+                        "help": "what to measure (default: config.eval.names of the run)"}),
             ("--exported", {"help": "also this exported Hugging Face directory, run in PyTorch"}),
             ("--json", {"help": "write the same figures to this file"}),
         ),
@@ -308,7 +210,7 @@ COMMANDS = {
                  "help": "hf: transformers (CLIPModel, SiglipModel, Dinov2Model); open_clip; timm: "
                  "the vision tower alone; uta: the state dict of the released UTA models"},
             ),
-            _OUT,
+            OUT,
             _OVERWRITE,
             (
                 "--dtype",
@@ -355,11 +257,17 @@ COMMANDS = {
         ),
         _embed,
     ),
+    "checkpoint": Command(
+        "List, verify or copy the checkpoints of a run.",
+        "uta-jax checkpoint verify runs/demo",
+        (),
+        _act,
+    ),
     "data": Command(
         "Build a data set to try things with, check one, index one, or measure how fast it loads.",
         "uta-jax data verify configs/demo.py",
         (),
-        _data,
+        _act,
     ),
     "plan": Command(
         "Compile a recipe's step for a TPU slice: does it fit, how fast is it, what does it cost.",

@@ -287,7 +287,7 @@ def _tower_flops(spec: VitSpec | TextSpec, patches: int, projected: int) -> floa
     return 2.0 * macs
 
 
-_TOO_MUCH = re.compile(r"Used ([\d.]+)G of ([\d.]+)G hbm")
+_TOO_MUCH = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
 
 
 def _compile(lowered, recipe: Recipe, mesh: Mesh, topology: str):
@@ -300,7 +300,7 @@ def _compile(lowered, recipe: Recipe, mesh: Mesh, topology: str):
             raise
         used, memory = (float(x) * 2**30 / 1e9 for x in found.groups())
     raise DoesNotFit(
-        f"--topology={topology}: the step needs {used:.1f} GB of a chip's {memory:.1f} GB, "
+        f"--topology={topology}: the step needs at least {used:.1f} GB of a chip's {memory:.1f}, "
         f"{used - memory:.1f} GB too much: try {_advice(recipe, mesh)}"
     )
 

@@ -61,6 +61,12 @@ def newest_good(directory: Path, repair: bool = False) -> tuple[int | None, str]
     return None, ""
 
 
+def check_good(path: Path) -> None:
+    """Raise UserError unless the checkpoint at ``path`` verifies."""
+    if bad := manifest.verify(path)[0]:
+        raise UserError(f"{path} is damaged: {'; '.join(bad[:3])}")
+
+
 def quarantine(directory: Path, step: int, why: str) -> Path:
     """Move a step aside, under a name that says why; returns the new path."""
     aside = directory / QUARANTINE

@@ -40,9 +40,7 @@ def write(directory: Path) -> Cost:
     A folder with a manifest survives a loss of power, too.
     """
     start = time.perf_counter()
-    files = _hash_all(directory, _files(directory), sync=True)
-    for folder in {(directory / name).parent for name in files} | {directory}:
-        _sync(folder)
+    files = sync(directory)
     new = directory / (NAME + ".tmp")
     with new.open("w", encoding="utf-8") as file:
         file.write(_text(files))
@@ -52,6 +50,14 @@ def write(directory: Path) -> Cost:
     new.replace(directory / NAME)
     _sync(directory)
     return Cost(sum(size for size, _ in files.values()), time.perf_counter() - start)
+
+
+def sync(directory: Path) -> dict[str, tuple[int, str]]:
+    """Force every file to the disk; name -> (bytes, digest)."""
+    files = _hash_all(directory, _files(directory), sync=True)
+    for folder in {(directory / name).parent for name in files} | {directory}:
+        _sync(folder)
+    return files
 
 
 def exists(directory: Path) -> bool:
