@@ -54,14 +54,12 @@ def started(
     """
     place = Place("nested") if _line is not None else find_place()
     if place.count == 1:
-        check_platform(platform)
-        settle()
+        settle(platform)
         yield
         return
     try:
         _join(place, platform, start_s, heartbeat_s, shutdown_s)
-        check_platform(platform)
-        settle()
+        settle(platform)
         yield
         _part()
     except BaseException as error:
@@ -144,28 +142,35 @@ def end(words: str, code: int = 1) -> NoReturn:
     os._exit(code)
 
 
-def settle() -> None:
-    """Settle what has to be settled before the first array; for the whole process.
+def settle(platform: str = "") -> None:
+    """Settle what has to be settled before JAX's first thread; for the whole process.
 
     Several devices made of one CPU run their programs one by one: with programs in flight, a
     collective can wait for a thread that the next program holds, and XLA ends the process.
+
+    Raises UserError where JAX's backend is not ``platform`` ("": any).
     """
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or _line is not None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    _keep_freed_memory()
+    _set_allocator(_KEEP_FREED)
+    check_platform(platform)
+    if jax.default_backend() != "cpu":
+        _set_allocator(_AS_EVER)
 
 
-def _keep_freed_memory() -> None:
-    """On CPU, let the C allocator keep what XLA frees after each step; elsewhere, do nothing.
+# On CPU the C allocator is to keep what XLA frees after each step: glibc hands large blocks back to
+# the kernel, and the next step faults every page in again, which costs small models more than their
+# arithmetic. It must be told before JAX starts, whose threads otherwise take arenas of their own,
+# which no option keeps from giving back; but only JAX knows whether this is a CPU.
+# M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+_KEEP_FREED = ((-4, 0), (-1, 2**31 - 1), (-8, 1))
+_AS_EVER = ((-4, 65536), (-1, 128 * 1024), (-8, 0))
 
-    glibc hands large blocks back to the kernel and the next step faults every page in again, which
-    costs small models more than their arithmetic does.
-    """
-    if jax.default_backend() != "cpu" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return
-    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
-        libc.mallopt(option, value)
+
+def _set_allocator(options: tuple[tuple[int, int], ...]) -> None:
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, value in options:
+            libc.mallopt(option, value)
 
 
 def check_platform(platform: str) -> None:

@@ -166,7 +166,7 @@ def _load(path: Path | None) -> Pooled | None:
     if path is None or not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return Pooled(*(file[name] for name in Pooled._fields))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
