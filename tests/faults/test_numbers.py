@@ -18,6 +18,9 @@ from uta_jax.models.vit import init_vit
 from uta_jax.objectives import OBJECTIVES
 from uta_jax.step import compile_step
 
+# The counts of state_at are far beyond its own 20 steps, where the rate is 0.
+LONG = replace(RECIPE, optim=replace(RECIPE.optim, total_steps=10**6))
+
 
 @pytest.fixture
 def teacher():
@@ -35,9 +38,10 @@ def updated(teacher, change=lambda params: params):
     frozen = mesh.place(devices, {"vision": teacher})
     image = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     batch = jax.device_put({"image": image}, mesh.batch_sharding(devices))
-    before = mesh.fetch(state)
+    # A copy: the update writes into the very memory of the state that it is given.
+    before = jax.tree.map(np.array, mesh.fetch(state))
     with jax.set_mesh(devices):
-        after, values = compile_step(RECIPE, devices, frozen)(state, frozen, batch)
+        after, values = compile_step(LONG, devices, frozen)(state, frozen, batch)
     return before, mesh.fetch(after), {name: float(x) for name, x in values.items()}
 
 
@@ -61,7 +65,7 @@ def with_head(change):
 
     def changed(params):
         head = params["vision"]["head"]
-        head |= {"proj": jax.tree.map(change, head["proj"])}
+        head = head | {"proj": jax.tree.map(change, head["proj"])}
         return {"vision": params["vision"] | {"head": head}}
 
     return changed
