@@ -62,7 +62,7 @@ done
 # Whether process $1 still runs; a zombie does not.
 runs() { case "$(ps -o stat= -p "$1")" in "" | Z*) return 1 ;; esac; }
 
-failed=0 left=("${pids[@]}") patience=100 # tenths of a second in which the others end by themselves
+failed=0 left=("${pids[@]}") patience=50 # tenths of a second in which the others end by themselves
 while [ ${#left[@]} -gt 0 ]; do
   still=()
   for pid in "${left[@]}"; do
