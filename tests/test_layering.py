@@ -26,6 +26,7 @@ MODULES = (
     "optimizer",
     "metrics",
     "step",
+    "tasks",
     "config",
     "runlocal",
     "config_files",
@@ -43,7 +44,16 @@ MODULES = (
     "commands",
     "__main__",
 )
-CONFIGURED = {"config", "runlocal", "config_files", "checkpoint", "train", "replay", "plan"}
+CONFIGURED = {
+    "tasks",
+    "config",
+    "runlocal",
+    "config_files",
+    "checkpoint",
+    "train",
+    "replay",
+    "plan",
+}
 TORCH = {"torch", "torchvision", "transformers", "open_clip", "timm"}
 
 

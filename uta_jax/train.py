@@ -121,7 +121,7 @@ def prepare(
             teacher = load_clip(config.teacher.path, recipe.task.teacher.vision.image_size)
         vision = cast(teacher.params["vision"], recipe.task.teacher_dtype)
         frozen = meshes.place(mesh, {"vision": vision})
-        text, provenance = teacher.params["text"], teacher.provenance
+        text, provenance = teacher.params.get("text"), teacher.provenance
     agreement = Agreement(signals)
     evaluate = make_evaluator(config, recipe, mesh, text, agreement.interruptible)
     return Run(
@@ -139,7 +139,7 @@ def make_evaluator(config: ConfigDict, recipe: Recipe, mesh, teacher_text: dict 
 
     ``watched``: wraps the batches, so that an evaluation can be left off.
     """
-    if not config.eval.path:
+    if not config.eval.path or recipe.task.clip.text is None:
         return lambda state: {}
     with configs.blame("config.eval"):
         source = open_source(config.eval.source, config.eval.path, config.eval.split)

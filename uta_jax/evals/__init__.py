@@ -38,9 +38,10 @@ def figures_of(run: SavedRun, exported: str = "") -> dict:
     source = open_source(ev.source, ev.path, ev.split)
     zeroshot = ZeroShot(source, ev.templates, ev.batch_size, reading=reading_of(run.config.data))
     figures = {"step": run.meta["step"], "chance": 1 / len(source.class_names)}
-    if run.teacher:
+    if run.teacher and run.teacher.spec.text:
         figures["teacher"] = zeroshot(run.teacher.spec, run.teacher.params)
-    figures["student"] = zeroshot(run.spec, run.clip)
+    if run.spec.text:  # else it has no part in a space that texts live in
+        figures["student"] = zeroshot(run.spec, run.clip)
     if exported:
         figures["exported"] = _exported_accuracy(zeroshot, run, exported)
         figures["export_dir"] = str(exported)
