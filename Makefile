@@ -1,13 +1,14 @@
 # Two commands need nothing but git, make and python3 (3.11 or newer, with venv):
 #   make demo   trains a student on drawings, evaluates and exports it, in about ten minutes
 #   make test   runs the whole test suite
+# And make faults kills training runs at 50 places and checks what they come back to (QUICK=1: at 10).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 DATA ?= data/emoji_scenes
 
-.PHONY: demo test lint format clean
+.PHONY: demo test faults lint format clean
 
 # The stamp is renewed when the requirements change.
 $(VENV)/installed: setup.py
@@ -28,6 +29,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: $(VENV)/installed
+	$(BIN)/python tests/faults/harness.py $(if $(QUICK),--quick)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

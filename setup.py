@@ -78,6 +78,8 @@ setup(
             "pyyaml>=6,<7",
             "emoji>=2.14,<3",
             "webdataset==1.0.2",  # parity of tar shards
+            "scikit-learn>=1.9.1,<1.10",  # parity of kNN and of linear probes
+            "clip-benchmark==1.6.2",  # parity of zero-shot and retrieval
         ],
     },
 )

@@ -39,4 +39,5 @@ def get_config():
     c.train.save_every = 300
     c.eval.path = "data/emoji_scenes"
     c.eval.templates = ("{}", "a {}")
+    c.eval.captions.split = c.eval.masks.split = "val_scenes"  # for retrieval and dense
     return c

@@ -17,6 +17,7 @@ def get_config():
     c.objective = "maskalign"
     c.mask.kind = "attention"
     c.mask.ratio = 0.7
+    c.eval.names = ("knn",)
     c.optim.b2 = 0.95
     c.optim.clip_norm = 0.0
     return c

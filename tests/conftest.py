@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Threads of XLA's pool: a device waiting in a collective holds one, and its peers need others.
 os.environ["NPROC"] = "32"
-# Programs in flight on devices that share threads can wait for each other: mesh.start_up.
+# Programs in flight on devices that share threads can wait for each other: processes.settle.
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
 
 import jax

@@ -72,7 +72,8 @@ def saved_run(tmp_path_factory, teacher_dir):
     shapes = state_shapes(make_recipe(c, CLIP["tiny_clip"], 256))
     state = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(state.replace(step=np.int32(5)), {"data": {}, "teacher": {}})
+    checkpoints.open(state)
+    checkpoints.save(state.replace(step=np.int32(5)), {}, {"teacher": {}})
     checkpoints.close()
     save_config(c, workdir / "config.json")
     (workdir / "metrics.jsonl").write_text('{"step": 5, "loss": -0.5}\n')
@@ -80,7 +81,9 @@ def saved_run(tmp_path_factory, teacher_dir):
 
 
 def contents(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Of every file but the lock, which names whoever came last."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != "lock")
+    return {p.relative_to(folder): p.read_bytes() for p in files}
 
 
 def run(*argv):
@@ -262,8 +265,15 @@ def test_a_truncated_checkpoint_in_the_workdir(recipe_file, saved_run, tmp_path,
     os.truncate(workdir / "checkpoints" / "5" / "params" / "_METADATA", 100)
     before = contents(workdir)
     argv = ["train", f"--config={recipe_file}", f"--workdir={workdir}"]
-    refuse(capsys, [*argv, "--config.student.preset=tiny_clip"], str(workdir / "checkpoints"))
-    assert contents(workdir) == before
+    assert run(*argv, "--config.student.preset=tiny_clip") == 2
+    loud, line = capsys.readouterr().err.splitlines()
+    assert loud.startswith("CHECKPOINT 5 IS DAMAGED: params/_METADATA has 100 bytes")
+    assert line.startswith("uta-jax train: ") and "no checkpoint is whole (5-damaged" in line
+    # Put aside, not deleted.
+    aside, now = Path("checkpoints", "quarantine", "5-damaged"), contents(workdir)
+    for path, data in before.items():
+        moved = aside / path.relative_to("checkpoints/5") if "5" in path.parts else path
+        assert now[moved] == data
 
 
 @pytest.mark.parametrize("below", ["", "run"])

@@ -113,7 +113,8 @@ def test_every_integer_has_a_rule(key, value):
     refuse(key, value)
 
 
-FREE = {"teacher.path", "data.path", "data.split", "eval.path", "eval.split"}  # the sources' matter
+FREE = {"teacher.path", "eval.classnames", "eval.templates_file"}  # the files' matter
+FREE |= {k for k in DEFAULTS if k.endswith((".path", ".split"))}  # the sources'
 
 
 @pytest.mark.parametrize("key", sorted({k for k, v in DEFAULTS.items() if type(v) is str} - FREE))
@@ -137,6 +138,8 @@ def test_every_choice_has_a_rule(key):
         ("data.mixture", (("folder", "a", "", math.nan),)),
         ("data.mixture", (("folder", "a", "", "1"),)),
         ("data.mixture", (("no_such_kind", "a", "", 1.0),)),
+        ("eval.names", ()),
+        ("eval.names", ("knn", "knn")),
         ("eval.templates", ()),
         ("eval.templates", ("a photo",)),
         ("eval.templates", ("{}", "a {thing}")),
@@ -152,6 +155,7 @@ def test_every_tuple_has_a_rule(key, value):
 def test_no_kind_of_value_is_left_out():
     """The tests above see numbers, texts and tuples; a switch can only be on or off."""
     tested = {*numbers(float), *numbers(int), "data.crop_scale", "data.mixture", "eval.templates"}
+    tested |= {"eval.names"}
     tested |= {"data.flip", "data.allow_truncated", "runlocal"}
     tested |= {key for key, value in DEFAULTS.items() if isinstance(value, str)}
     assert tested == set(DEFAULTS)

@@ -10,6 +10,7 @@ import pytest
 from pictures import Pictures
 
 from uta_jax import UserError
+from uta_jax.data.examples import random_at
 from uta_jax.data.loader import Reading, TrainLoader, eval_batches
 from uta_jax.data.tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ def digests(batches):
 
 # Ids of the first 24 rows, seed 1, 20 examples; draws of the crop at position 5.
 ORDER = [10, 5, 7, 3, 8, 18, 9, 2, 0, 15, 6, 1, 4, 17, 13, 19, 16, 12, 14, 11, 16, 8, 9, 3]
-DRAWS = [0.385255, 0.918002]
+DRAWS = [0.855041, 0.624782]
 
 REFERENCE = 10  # batches of 8 from 20 examples: four epochs and their edges
 
@@ -101,8 +102,8 @@ def test_order_is_the_one_recorded():
     """
     ids = np.concatenate([batch["index"] for batch in take(3)])
     assert ids.tolist() == ORDER
-    rng = np.random.default_rng([1, 5])
-    assert rng.random(2).round(6).tolist() == DRAWS
+    rng = random_at(1, 5)
+    assert [round(rng.random(), 6) for _ in range(2)] == DRAWS
 
 
 def test_resuming_reads_nothing_of_what_was_seen():

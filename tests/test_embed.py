@@ -203,7 +203,8 @@ def test_a_run_gives_its_average_where_it_keeps_one(teacher_dir, clip, array_nhw
     state = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     average = {"vision": jax.tree.map(lambda x: x * np.float32(1.1), clip.params["vision"])}
     checkpoints = Checkpoints(tmp_path / "run")
-    checkpoints.save(state.replace(step=np.int32(5), ema=average), {"data": {}, "teacher": {}})
+    checkpoints.open(state)
+    checkpoints.save(state.replace(step=np.int32(5), ema=average), {}, {"teacher": {}})
     checkpoints.close()
     save_config(c, tmp_path / "run" / "config.json")
     (images,) = save(tmp_path, images=array_nhwc)

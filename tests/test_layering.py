@@ -14,6 +14,10 @@ ROOT = Path(__file__).parents[1]
 # Modules and packages in order: each imports only what stands above it.
 MODULES = (
     "__init__",
+    "lifeline",
+    "places",
+    "processes",
+    "watchdog",
     "faults",
     "ledger",
     "xla_cache",
@@ -27,6 +31,7 @@ MODULES = (
     "metrics",
     "step",
     "tasks",
+    "eval_keys",
     "config",
     "runlocal",
     "config_files",
@@ -46,6 +51,7 @@ MODULES = (
 )
 CONFIGURED = {
     "tasks",
+    "eval_keys",
     "config",
     "runlocal",
     "config_files",

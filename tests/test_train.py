@@ -106,6 +106,7 @@ def test_train_evaluate_export_report(config, scenes, tmp_path, teacher_dir, cap
     export_run(workdir, "hf", exported)
     scores = evaluate(workdir, exported=str(exported), json_file=str(tmp_path / "scores.json"))
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    scores = scores["zeroshot"]
     assert scores["student"]["n"] == 128
     assert abs(scores["student"]["top1"] - scores["exported"]["top1"]) <= 1 / 128
     summary = report(workdir)

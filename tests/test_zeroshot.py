@@ -8,13 +8,20 @@ import pytest
 from uta_jax import UserError
 from uta_jax.config import default_config, reading_of
 from uta_jax.data.loader import Reading
-from uta_jax.evals import zeroshot
-from uta_jax.evals.zeroshot import ZeroShot, accuracy, class_weights, prompts
-from uta_jax.models.presets import CLIP
+from uta_jax.evals import names
+from uta_jax.evals.features import Pooled
+from uta_jax.evals.zeroshot import class_weights, prompts, scores
+
+CLASSES = tuple("abcdefg")
 
 
 def _unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _pooled(feature_ne, label_n):
+    label_n = np.asarray(label_n, np.int32)
+    return Pooled(np.asarray(feature_ne, np.float32), np.arange(len(label_n)), label_n)
 
 
 def test_prompts_keep_the_templates_of_a_class_together():
@@ -30,41 +37,64 @@ def test_class_weights_normalise_average_normalise():
     np.testing.assert_allclose(class_weights(features, 2), expected, atol=1e-6)
 
 
-def test_accuracy_counts_each_example_once_and_padding_never():
-    weights = np.eye(7, dtype=np.float32)
-    features = np.eye(7, dtype=np.float32)[[0, 1, 2, 3]] + 0.1 * np.arange(7, dtype=np.float32)
-    label = np.array([0, 1, 3, 3])
-    full = {"label": label, "valid": np.ones(4, bool)}
-    padded = {"label": label, "valid": np.array([True, False, False, True])}
-    scores = accuracy(weights, [(features, full), (features, padded)])
-    # The first batch has 3 of 4 right, the second 2 of its 2 valid ones.
-    assert scores == {"top1": pytest.approx(5 / 6), "top5": pytest.approx(1.0), "n": 6}
+def test_top5_is_not_top1_and_classes_without_examples_are_told_of(capsys):
+    features = np.arange(7, 0, -1, dtype=np.float32)[None].repeat(6, axis=0)
+    found = scores(np.eye(7, dtype=np.float32), _pooled(features, [0, 0, 0, 1, 5, 6]), CLASSES)
+    assert (found["top1"], found["top5"], found["n"]) == (3 / 6, 4 / 6, 6)
+    assert found["mean_class"] == 1 / 4  # of a, b, f, g
+    assert (found["class/0 a"], found["class/1 b"]) == (1, 0) and "class/2 c" not in found
+    assert "3 of 7 classes have no example (the first: 'c')" in capsys.readouterr().err
 
 
-def test_top5_is_not_top1():
-    weights = np.eye(7, dtype=np.float32)
-    features = np.arange(7, 0, -1, dtype=np.float32)[None].repeat(7, axis=0)
-    batch = {"label": np.arange(7), "valid": np.ones(7, bool)}
-    scores = accuracy(weights, [(features, batch)])
-    assert (scores["top1"], scores["top5"]) == (pytest.approx(1 / 7), pytest.approx(5 / 7))
+def test_a_label_beyond_the_names_is_refused():
+    with pytest.raises(UserError, match="2 names, but there is a label 2"):
+        scores(np.eye(2, dtype=np.float32), _pooled(np.eye(2), [0, 2]), CLASSES[:2])
 
 
-def test_an_unlabelled_source_is_refused():
-    class Unlabelled:
-        class_names = ()
-
-    with pytest.raises(UserError, match="class names"):
-        ZeroShot(Unlabelled(), ("{}",), 8)
+def _source(**about):
+    return types.SimpleNamespace(**{"fields": ("image", "label"), "class_names": ()} | about)
 
 
-def test_evaluation_reads_as_the_configuration_says(monkeypatch):
+def test_class_names_of_the_data_of_a_file_and_of_the_package(tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    assert names.class_names(_source(class_names=("a", "b"))) == ("a", "b")
+    assert names.class_names(_source(), str(tmp_path / "names.txt")) == ("cat", "dog")
+    shipped = names.class_names(_source(), "imagenet")
+    assert (len(shipped), shipped[0], shipped[999]) == (1000, "tench", "toilet paper")
+    assert len(names.templates((), "openai")) == 80
+    assert names.templates(("a {}",)) == ("a {}",)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("cat\ndog\ncat\n", "1 names come twice, the first: 'cat'"),
+        ("cat\n\ndog\n", "line 2 is empty"),
+        ("", "the file is empty"),
+        ("cat\ndog\nowl\n", "3 names, but the data have 2 classes"),
+    ],
+)
+def test_a_bad_file_of_names_is_one_clear_line(tmp_path, text, message):
+    (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        names.class_names(_source(class_names=("a", "b")), str(tmp_path / "names.txt"))
+
+
+def test_names_that_are_missing_are_told_of(tmp_path):
+    with pytest.raises(UserError, match="have no labels"):
+        names.class_names(_source(fields=("image",)))
+    with pytest.raises(UserError, match="no class names: name them in a file"):
+        names.class_names(_source())
+    with pytest.raises(UserError, match="cannot be read"):
+        names.class_names(_source(), str(tmp_path / "none.txt"))
+    (tmp_path / "templates.txt").write_text("a {c}\nnothing\n")
+    with pytest.raises(UserError, match="line 2 is 'nothing': write one {}"):
+        names.templates((), str(tmp_path / "templates.txt"))
+
+
+def test_evaluation_reads_as_the_configuration_says():
     config = default_config()
     config.data.workers, config.data.timeout_s, config.data.allow_truncated = 3, 7.0, True
     reading = reading_of(config.data)
     assert reading == Reading(workers=3, threads=2, timeout_s=7.0, allow_truncated=True)
     assert reading_of(default_config().data) == Reading()
-    asked = {}
-    monkeypatch.setattr(zeroshot, "eval_batches", lambda source, **options: asked.update(options))
-    source = types.SimpleNamespace(class_names=("a",))
-    ZeroShot(source, ("{}",), 8, reading=reading).batches(CLIP["tiny_clip"])
-    assert asked["reading"] == reading

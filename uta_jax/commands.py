@@ -24,9 +24,13 @@ def _act(args, overrides):
 
 
 def _evaluate(args, _):
+    from uta_jax import processes
     from uta_jax.evals import evaluate
 
-    evaluate(args.workdir, exported=args.exported or "", json_file=args.json or "")
+    processes.refuse_several("evaluate")
+    evaluate(
+        args.workdir, exported=args.exported or "", json_file=args.json or "", wanted=args.eval
+    )
 
 
 def _convert(args, _):
@@ -50,13 +54,15 @@ def _convert(args, _):
 
 
 def _export(args, _):
-    from uta_jax import report
+    from uta_jax import processes, report
 
     if bool(args.workdir) == bool(args.model):
         raise UserError("give either --workdir (a run) or --model (a directory or file)")
     options = {name: getattr(args, name) for name in ("overwrite", "dtype", "licence", "home")}
     if args.workdir:
-        report.export_run(args.workdir, args.format, args.out, **options)
+        with processes.started():
+            report.export_run(args.workdir, args.format, args.out, **options)
+            processes.gather("written", None)
     else:
         report.export_model(args.model, args.format, args.out, preset=args.preset, **options)
 
@@ -87,8 +93,10 @@ def _plan(args, overrides):
 
 
 def _report(args, _):
+    from uta_jax import processes
     from uta_jax.report import report
 
+    processes.refuse_several("report")
     report(args.workdir)
 
 
@@ -131,10 +139,13 @@ COMMANDS = {
         _train,
     ),
     "evaluate": Command(
-        "Zero-shot accuracy of a run's student and of its teacher, as a table.",
-        "uta-jax evaluate --workdir=runs/demo --json=scores.json",
+        "What a run's student and its teacher can do, as a table: zeroshot, retrieval, knn, "
+        "linear_probe, dense, alignment.",
+        "uta-jax evaluate --workdir=runs/demo --eval zeroshot knn --json=scores.json",
         (
             _WORKDIR,
+            ("--eval", {"nargs": "+", "default": (), "metavar": "NAME",
+                        "help": "what to measure (default: config.eval.names of the run)"}),
             ("--exported", {"help": "also this exported Hugging Face directory, run in PyTorch"}),
             ("--json", {"help": "write the same figures to this file"}),
         ),

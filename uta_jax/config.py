@@ -15,11 +15,13 @@ from ml_collections import ConfigDict
 from uta_jax import UserError, masking
 from uta_jax.data import sources
 from uta_jax.data.loader import Reading
+from uta_jax.eval_keys import EVAL_RULES, add_eval
 from uta_jax.models import presets
 from uta_jax.models.presets import ClipSpec
 from uta_jax.models.vit import REMAT
 from uta_jax.objectives import OBJECTIVES
 from uta_jax.optimizer import AdamW
+from uta_jax.processes import PLATFORMS
 from uta_jax.step import Recipe
 from uta_jax.tasks import make_task
 
@@ -28,6 +30,7 @@ def default_config() -> ConfigDict:
     """Every key there is, with its unit. Locked: a key that is not here is an error."""
     c = ConfigDict()
     c.objective = "uta"  # a key of objectives.OBJECTIVES
+    c.platform = ""  # cpu, gpu or tpu: refuse to run on another; "": whatever is there
     c.seed = 0  # of the initial weights, the masks and the data order
     c.runlocal = False  # shrink all of it to a debug run: runlocal.py
     _add_method(c)
@@ -93,21 +96,22 @@ def _add_run(c: ConfigDict) -> None:
     c.train.eval_every = 0  # steps; 0: at the end only
     c.train.save_every = 500  # steps; the last step is always saved
     c.train.keep = 2  # newest checkpoints that are kept
+    c.train.timeout_s = 1800.0  # seconds; a longer update, evaluation or save ends the run
     c.train.keep_every = 0  # steps; saved multiples of it are kept as well; 0: none
     c.train.resume = "auto"  # must: refuse to start anew; never: refuse to go on
     c.train.max_bad_steps = 3  # updates in a row that are not finite: the run stops
     c.train.compile_cache = "~/.cache/uta_jax"  # where compilations are kept; "": nowhere
 
-    c.eval = ConfigDict()
-    c.eval.source = "tfds"
-    c.eval.path = ""  # "": no zero-shot evaluation
-    c.eval.split = "val_single"
-    c.eval.batch_size = 256
-    c.eval.templates = ("a photo of a {}.",)
+    add_eval(c)
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # -1: what mesh.fsdp leaves
     c.mesh.fsdp = 1
+
+    c.processes = ConfigDict()  # where there are several
+    c.processes.start_s = 300.0  # seconds to wait for all of them at the start
+    c.processes.heartbeat_s = 20.0  # seconds of silence after which one counts as lost
+    c.processes.shutdown_s = 60.0  # seconds between the end of the first and of the last
 
 
 def _one_of(table) -> tuple:
@@ -140,13 +144,6 @@ def _is_place(value: str) -> bool:
     return not value or value.startswith(("/", "~", "gs://"))
 
 
-def _are_templates(value: tuple) -> bool:
-    try:
-        return bool(value) and all(template.format("x") != template for template in value)
-    except (AttributeError, IndexError, KeyError, ValueError):
-        return False
-
-
 _POSITIVE = (lambda v: 0 < v < math.inf), "a finite number > 0"
 _NOT_NEGATIVE = _between(0, math.inf, "a finite number >= 0")
 _COUNT = _between(1, 2**31, "an integer >= 1")
@@ -156,6 +153,7 @@ _DTYPE = _one_of(("float32", "bfloat16"))
 # Key -> (test, what is allowed).
 _RULES = {
     "objective": _one_of(OBJECTIVES),
+    "platform": _one_of(PLATFORMS),
     "seed": _COUNT_OR_0,
     "student.preset": _one_of(presets.VIT),
     "student.image_size": _COUNT_OR_0,
@@ -192,13 +190,15 @@ _RULES = {
     "train.eval_every": _COUNT_OR_0,
     "train.save_every": _COUNT,
     "train.keep": _COUNT,
+    "train.timeout_s": _POSITIVE,
+    "processes.start_s": _POSITIVE,
+    "processes.heartbeat_s": _between(1, math.inf, "a number of seconds >= 1"),
+    "processes.shutdown_s": _POSITIVE,
     "train.keep_every": _COUNT_OR_0,
     "train.resume": _one_of(("auto", "must", "never")),
     "train.max_bad_steps": _COUNT,
     "train.compile_cache": (_is_place, 'a path from / or ~ on, or ""'),
-    "eval.source": _one_of(sources.SOURCES),
-    "eval.batch_size": _COUNT,
-    "eval.templates": (_are_templates, "one text or more, each with one {} for the class name"),
+    **EVAL_RULES,
 }
 
 

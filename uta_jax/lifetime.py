@@ -19,6 +19,7 @@ class Stopped(UserError):
     """The run was asked to stop, and has saved what it had. Started again, it goes on."""
 
     exit_code = 75  # EX_TEMPFAIL: try again
+    everywhere = True  # all processes raise it, at the same step: none has failed
 
 
 def is_first() -> bool:

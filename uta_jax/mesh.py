@@ -5,8 +5,6 @@ Axes: ``data`` replicates parameters, ``fsdp`` shards them; the batch is split o
 product.
 """
 
-import ctypes
-import os
 import re
 
 import jax
@@ -37,37 +35,11 @@ LAYOUT: tuple[tuple[str, P], ...] = (
 )
 
 
-def start_up() -> None:
-    """Settle what has to be settled before the first array; for the whole process.
-
-    Several devices made of one CPU run their programs one by one: with programs in flight, a
-    collective can wait for a thread that the next program holds, and XLA ends the process.
-    """
-    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-    _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """On CPU, let the C allocator keep what XLA frees after each step; elsewhere, do nothing.
-
-    glibc hands large blocks back to the kernel and the next step faults every page in again, which
-    costs small models more than their arithmetic does.
-    """
-    if jax.default_backend() != "cpu" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return
-    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
-        libc.mallopt(option, value)
-
-
 def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mesh:
     """A ``data`` x ``fsdp`` mesh over ``devices`` (default: all); -1 takes what the other leaves.
 
-    Raises UserError where the product is not the number of devices, or there are several processes.
+    Raises UserError where the product is not the number of devices.
     """
-    if jax.process_count() > 1:
-        raise UserError(f"{jax.process_count()} processes: runs of one process only, for now")
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp]
     if data == -1:
@@ -126,8 +98,21 @@ def shardings(mesh: Mesh, tree):
 
 
 def place(mesh: Mesh, params):
-    """Host arrays -> device arrays laid out by ``LAYOUT``."""
-    return jax.tree.map(jax.device_put, params, shardings(mesh, params))
+    """Host arrays, the same on every process -> device arrays laid out by ``LAYOUT``."""
+    return jax.tree.map(_put, params, shardings(mesh, params))
+
+
+def replicate(mesh: Mesh, tree):
+    """Host arrays, the same on every process -> whole copies on every device."""
+    return jax.tree.map(lambda x: _put(x, replicated(mesh)), tree)
+
+
+def _put(x, sharding: NamedSharding) -> jax.Array:
+    """``device_put`` without its comparison over processes, which would move every parameter."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def gather(x: jax.Array) -> jax.Array:
@@ -143,5 +128,11 @@ def gather(x: jax.Array) -> jax.Array:
 
 
 def fetch(tree):
-    """Device arrays -> NumPy, whole, whatever their layout."""
-    return jax.tree.map(np.asarray, jax.device_get(tree))
+    """Device arrays -> NumPy, whole, whatever their layout; with several processes, all must."""
+    return jax.tree.map(_whole, tree)
+
+
+def _whole(x) -> np.ndarray:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        x = jax.jit(lambda x: x, out_shardings=replicated(x.sharding.mesh))(x)
+    return np.asarray(jax.device_get(x))

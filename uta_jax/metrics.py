@@ -103,7 +103,11 @@ class Meter:
         return values
 
 
-def progress_bar(total: int, done: int, unit: str = "step", desc: str = "train") -> tqdm:
+def progress_bar(
+    total: int, done: int, unit: str = "step", desc: str = "train", shown: bool = True
+) -> tqdm:
     """Bar over ``unit``s with rate and ETA; a line every 20 seconds where there is no terminal."""
     interval = 0.2 if sys.stderr.isatty() else 20
-    return tqdm(total=total, initial=done, unit=unit, mininterval=interval, desc=desc)
+    return tqdm(
+        total=total, initial=done, unit=unit, mininterval=interval, desc=desc, disable=not shown
+    )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from uta_jax import UserError
+from uta_jax import UserError, processes
 from uta_jax import config as configs
 from uta_jax import mesh as meshes
 from uta_jax.checkpoint import Checkpoints, folder
@@ -26,7 +26,7 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, floa
     before it (or of the start): its own only if that is the one of step - 1. Returns the figures.
     """
     workdir = Path(workdir)
-    meshes.start_up()
+    processes.settle()
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.eval.path = ""

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 
 from uta_jax import config as configs
-from uta_jax import metrics
+from uta_jax import metrics, processes
 from uta_jax.checkpoint import SavedRun, load_run
 from uta_jax.data.loader import TrainLoader
 from uta_jax.evals import evaluate
@@ -59,6 +59,8 @@ def export_run(
     else:
         card["zero-shot top-1"] = "not measured at this step"
     card["licence"] = licence
+    if not processes.is_first():
+        return
     tokenizer = run.teacher.tokenizer_file if run.teacher else None
     done = export(run.clip, run.spec, fmt, out, card, overwrite, dtype, tokenizer, home)
     print(f"{out}: {fmt}, {dtype}, re-read and equal; {done}")
@@ -109,20 +111,21 @@ def report(workdir: str | Path) -> dict:
 def _figures(workdir: Path, step: int) -> dict:
     path = workdir / "evaluate.json"
     if path.exists() and (found := json.loads(path.read_text()))["step"] == step:
-        return found
-    return evaluate(workdir)
+        if "zeroshot" in found:
+            return found
+    return evaluate(workdir, wanted=("zeroshot",))
 
 
 def summarize(rows: list[dict], figures: dict) -> dict:
     """The figures of a run that one would quote: shares, seconds of training, the median rate."""
     timed = [row for row in rows if "images_per_s" in row]
     summary = {
-        f"{name}_top1": figures[name]["top1"]
+        f"{name}_top1": figures["zeroshot"][name]["top1"]
         for name in ("teacher", "student", "exported")
-        if name in figures
+        if name in figures["zeroshot"]
     }
     return summary | {
-        "chance": figures["chance"],
+        "chance": figures["zeroshot"]["chance"]["top1"],
         "images_per_s": float(np.median([row["images_per_s"] for row in timed])),
         "train_seconds": sum(row["seconds"] for row in timed),
         "export_dir": figures.get("export_dir", ""),
@@ -148,8 +151,10 @@ def draw_curves(rows: list[dict], figures: dict, path: Path) -> None:
             axis.plot(*zip(*points, strict=True) if points else ([], []), label=name, marker=".")
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    if "teacher" in figures:
-        axes[0, 2].axhline(figures["teacher"]["top1"], color="black", ls="--", label="teacher")
+    if "teacher" in figures["zeroshot"]:
+        axes[0, 2].axhline(
+            figures["zeroshot"]["teacher"]["top1"], color="black", ls="--", label="teacher"
+        )
     axes[0, 1].legend()
     axes[0, 2].legend()
     axes[0, 2].set_ylim(0, 1)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import jax
 
-from uta_jax import UserError, ledger, metrics
+from uta_jax import UserError, ledger, metrics, processes
+from uta_jax.evals import is_scored
 from uta_jax.ledger import Ledger
 from uta_jax.metrics import Meter, Writer, progress_bar
 
@@ -46,12 +47,13 @@ class Log:
         self.bad_steps, self._in_a_row = saved.get("bad_steps", (0, 0))
         self._plan, self._times, self._pending = plan, times, None
         rows = metrics.read(workdir / "metrics.jsonl")
-        self.has_scores = any("zeroshot/top1" in r and r["step"] == step for r in rows)
+        scored = any(is_scored(r) and r["step"] == step for r in rows)
+        self.has_scores = processes.gather("scores", scored)[0]
         if saved:
             self._carry_on(saved, rows, step)
-        self._writer = Writer(workdir, step)
+        self._writer = Writer(workdir, step) if processes.is_first() else None
         self._meter = Meter(plan.batch_size)
-        self._bar = progress_bar(plan.total, step)
+        self._bar = progress_bar(plan.total, step, shown=processes.is_first())
 
     def _carry_on(self, saved: dict, rows: list[dict], step: int) -> None:
         """Times so far; what came after the checkpoint is lost, unless the run had ended."""
@@ -65,7 +67,12 @@ class Log:
 
     def __exit__(self, *_) -> None:
         self._bar.close()
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
+
+    def _write(self, step: int, values: dict) -> None:
+        if self._writer:
+            self._writer.write(step, values)
 
     def state(self) -> dict:
         """What a checkpoint keeps of it."""
@@ -107,7 +114,7 @@ class Log:
             return
         self.bad_steps, self._in_a_row = self.bad_steps + 1, self._in_a_row + 1
         about = f"step {step}: not finite: {', '.join(wild)}"
-        self._bar.write(f"{about}; the update is left out ({self._in_a_row} in a row)")
+        self.say(f"{about}; the update is left out ({self._in_a_row} in a row)")
         if self._in_a_row >= self._plan.max_bad_steps:
             raise NotFinite(
                 f"{about}; {self._in_a_row} in a row (config.train.max_bad_steps). The last good "
@@ -117,9 +124,10 @@ class Log:
             )
 
     def _write_means(self, step: int, bad_examples: int) -> None:
+        bad_examples = sum(processes.gather("bad examples", bad_examples))
         means = self._meter.read() | {"bad_examples": bad_examples, "bad_steps": self.bad_steps}
         self.figures |= {name: x for name, x in means.items() if not isinstance(x, list)}
-        self._writer.write(step, means | self._seconds())
+        self._write(step, means | self._seconds())
         shown = {"loss": "{:.4f}", "images_per_s": "{:.0f}", "data_wait_ms": "{:.1f}"}
         shown |= {name: "{}" for name in ("bad_examples", "bad_steps") if means[name]}
         postfix = {name: form.format(means.get(name, math.nan)) for name, form in shown.items()}
@@ -129,21 +137,22 @@ class Log:
         return {f"seconds/{p}": round(s, 3) for p, s in self._times.seconds().items()}
 
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        self._bar.write(line)
+        """Print a line above the bar, on the first process."""
+        if processes.is_first():
+            self._bar.write(line)
 
     def scored(self, step: int, scores: dict[str, float]) -> None:
         """Record the figures of an evaluation."""
         if scores:
             self.figures |= scores
-            self._writer.write(step, scores)
+            self._write(step, scores)
             line = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            self._bar.write(f"step {step}: {line}")
+            self.say(f"step {step}: {line}")
 
     def ended(self, step: int, how: str) -> None:
         """Record where the time went, as the last row, and print it."""
-        self._writer.write(step, self._seconds() | {"ended": how})
-        self._bar.write(ledger.table(self._times.seconds()))
+        self._write(step, self._seconds() | {"ended": how})
+        self.say(ledger.table(self._times.seconds()))
 
     @contextmanager
     def aside(self, phase: str):

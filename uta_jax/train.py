@@ -26,16 +26,16 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from uta_jax import UserError, faults, xla_cache
+from uta_jax import UserError, evals, faults, processes, xla_cache
 from uta_jax import config as configs
 from uta_jax import mesh as meshes
 from uta_jax.checkpoint import Checkpoints, folder
 from uta_jax.checkpoint.lock import Lock
 from uta_jax.config_files import load_config, save_config
 from uta_jax.data.loader import TrainLoader
-from uta_jax.data.sources import open_source
 from uta_jax.data.tokenizer import Tokenizer
-from uta_jax.evals.zeroshot import ZeroShot
+from uta_jax.evals.features import Features
+from uta_jax.evals.setting import Data, Setting
 from uta_jax.interop.export import fitting_formats
 from uta_jax.interop.teacher import load_clip, read_spec
 from uta_jax.ledger import Ledger
@@ -43,6 +43,7 @@ from uta_jax.lifetime import Agreement, Interrupted, Signals, is_first
 from uta_jax.objectives import OBJECTIVES
 from uta_jax.runlog import Log, Plan
 from uta_jax.step import Recipe, TrainState, compile_step, init_state, state_shapes
+from uta_jax.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,16 @@ def train(
 
     Raises UserError for input that does not fit together, before anything is compiled; Stopped
     after a signal, SaveError and NotFinite. Changes how this process allocates memory and, with
-    several CPU devices, dispatches (``mesh.start_up``).
+    several CPU devices, dispatches (``processes.settle``); of several processes, a failure of one
+    ends them all.
     """
     times = Ledger(age_s)
-    meshes.start_up()
     configs.check(config)
+    with processes.started(config.platform, **config.processes):
+        return _trained(config, workdir, allow_data_change, times)
+
+
+def _trained(config: ConfigDict, workdir, allow_data_change: bool, times: Ledger) -> dict:
     xla_cache.use(config.train.compile_cache)
     source = configs.open_data(config.data)
     has_teacher = OBJECTIVES[config.objective].needs_teacher
@@ -84,6 +90,8 @@ def train(
         spec = read_spec(config.teacher.path) if has_teacher else None
     recipe = configs.make_recipe(config, spec, len(source))
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    processes.say(processes.table(mesh))
+    processes.agree("what to train", _facts(config, recipe, source))
     workdir = make_workdir(workdir)
     checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every)
     with jax.set_mesh(mesh), Signals() as signals, _lock(workdir), checkpoints:
@@ -101,6 +109,12 @@ def _lock(workdir: Path):
     return closing(Lock(workdir)) if is_first() else nullcontext()
 
 
+def _facts(config: ConfigDict, recipe: Recipe, source) -> dict:
+    """What every process must have alike."""
+    facts = {f"config.{key}": value for key, value in configs.leaves(config).items()}
+    return facts | {"steps": recipe.optim.total_steps, "data fingerprint": source.fingerprint()}
+
+
 def make_workdir(workdir: str | Path) -> Path:
     """Create ``workdir`` if need be; UserError if something else stands there."""
     workdir = Path(workdir)
@@ -115,15 +129,15 @@ def prepare(
     config: ConfigDict, recipe: Recipe, mesh, workdir: Path, signals: Signals, times: Ledger
 ) -> Run:
     """Load the teacher, place its vision tower on the devices, set up the evaluation."""
-    frozen, text, provenance = {}, None, {}
+    frozen, params, provenance = {}, {}, {}
     if recipe.task.teacher:
         with configs.blame("config.teacher.path"):
             teacher = load_clip(config.teacher.path, recipe.task.teacher.vision.image_size)
         vision = cast(teacher.params["vision"], recipe.task.teacher_dtype)
         frozen = meshes.place(mesh, {"vision": vision})
-        text, provenance = teacher.params.get("text"), teacher.provenance
+        params, provenance = teacher.params, teacher.provenance
     agreement = Agreement(signals)
-    evaluate = make_evaluator(config, recipe, mesh, text, agreement.interruptible)
+    evaluate = make_evaluator(config, recipe, mesh, params, agreement.interruptible)
     return Run(
         config, recipe, mesh, workdir, frozen, evaluate, provenance, signals, agreement, times
     )
@@ -134,26 +148,33 @@ def cast(params: dict, dtype: str) -> dict:
     return jax.tree.map(lambda leaf: np.asarray(leaf).astype(jax.numpy.dtype(dtype)), params)
 
 
-def make_evaluator(config: ConfigDict, recipe: Recipe, mesh, teacher_text: dict | None, watched):
+def make_evaluator(config: ConfigDict, recipe: Recipe, mesh, teacher: dict, watched):
     """The function ``state -> figures`` that the loop calls between updates.
 
-    ``watched``: wraps the batches, so that an evaluation can be left off.
+    ``teacher``: its parameters on the host. ``watched``: wraps the batches, so that an evaluation
+    can be left off.
     """
-    if not config.eval.path or recipe.task.clip.text is None:
+    if not config.eval.path:
         return lambda state: {}
-    with configs.blame("config.eval"):
-        source = open_source(config.eval.source, config.eval.path, config.eval.split)
-        sharding = meshes.batch_sharding(mesh)
-        options = (sharding, configs.reading_of(config.data))
-        size, templates = config.eval.batch_size, config.eval.templates
-        zeroshot = ZeroShot(source, templates, size, *options, watched=watched)
+    task = recipe.task
+    wanted = evals.fitting(evals.check_names(config.eval.names), task.clip)
+    data, size = Data(config), config.eval.batch_size
+    evals.open_all(data, wanted)
+    if "alignment" not in wanted:
+        teacher = {name: tree for name, tree in teacher.items() if name != "vision"}  # large
 
     def evaluate(state: TrainState) -> dict[str, float]:
         faults.reach("eval")
-        params = meshes.fetch(state.ema or state.params)
-        text = params["text"] if recipe.task.text else teacher_text
-        figures = zeroshot(recipe.task.clip, {"vision": params["vision"], "text": text})
-        return {f"zeroshot/{name}": value for name, value in figures.items()}
+        params = teacher | meshes.fetch(state.ema or state.params)
+        features = Features(size, mesh, configs.reading_of(config.data), watched=watched)
+        cfg = Setting(config.eval, task.clip, task.teacher, data, features)
+        found = evals.measure(wanted, params, teacher, cfg)
+        return {
+            f"{name}/{figure}": value
+            for name, figures in found.items()
+            for figure, value in figures.items()
+            if not evals.is_detail(figure)
+        }
 
     return evaluate
 
@@ -169,6 +190,8 @@ def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
     try:
         state, saved = _start(run, checkpoints)
         step = int(state.step)
+        at = {"step": step, "teacher": run.provenance.get("sha256")}
+        processes.agree("what to start from", at)
         if saved:
             _check_same(run, loader, saved)
         _record_config(run, step)
@@ -178,7 +201,9 @@ def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
                 if log.stop:
                     _stop(run, step, log, checkpoints)
             with run.times.of("step"):
-                _loop(run, state, loader, log, checkpoints)
+                limit = run.config.train.timeout_s
+                with Watchdog(limit, "config.train.timeout_s") as watchdog:
+                    _loop(run, state, loader, log, checkpoints, watchdog)
             with log.aside("checkpoint"):
                 checkpoints.wait()
             log.ended(plan.total, "complete")
@@ -208,11 +233,10 @@ def make_loader(run: Run, source, bad_file: Path | None) -> TrainLoader:
 def _check_same(run: Run, loader: TrainLoader, saved: dict) -> None:
     """Refuse to go on with other data or another teacher than the run began with."""
     if changes := loader.resume(saved["data"], run.allow_data_change):
-        print(
+        processes.say(
             f"DATA CHANGED: {changes}. The run goes on after {loader.examples_seen} examples, in "
             "the order of the data as it is now: of the epoch begun, some examples may come twice "
-            "and others not at all",
-            flush=True,
+            "and others not at all"
         )
     if saved["teacher"].get("sha256") != run.provenance.get("sha256"):
         raise UserError(
@@ -233,13 +257,14 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict]:
         state, saved = checkpoints.restore(run.recipe, run.mesh, step)
         total = run.recipe.optim.total_steps
         done = "; the run is complete, nothing is left to train" if step >= total else ""
-        print(f"RESUMED at step {step} of {total} from {run.workdir}{done}", flush=True)
+        processes.say(f"RESUMED at step {step} of {total} from {run.workdir}{done}")
         return state, saved
     _check_may_start(run, folder.damaged(checkpoints.directory))
     state = init_state(run.recipe, run.mesh)
     count = parameter_overview.count_parameters(state.params)
     fits = ", ".join(fitting_formats(run.recipe.task.clip)) or "no format: see README, Limits"
-    print(f"FRESH START in {run.workdir}: {count:,} parameters to train; exports as {fits}")
+    about = f"{count:,} parameters to train; exports as {fits}"
+    processes.say(f"FRESH START in {run.workdir}: {about}")
     return state, {}
 
 
@@ -260,6 +285,8 @@ def _check_may_start(run: Run, damaged: list[str]) -> None:
 
 def _record_config(run: Run, step: int) -> None:
     """Write the run's configuration; a resumed run says first what it changes."""
+    if not is_first():
+        return
     path = run.workdir / "config.json"
     if step and path.exists():
         before = configs.leaves(load_config(path))
@@ -288,8 +315,21 @@ def _save(run: Run, state, loader: TrainLoader, log: Log, checkpoints: Checkpoin
     """Begin to save; the step saved."""
     log.settle()
     with log.aside("checkpoint"):
-        checkpoints.save(state, loader.state(), {"teacher": run.provenance, **log.state()})
+        checkpoints.save(state, _data_state(loader), {"teacher": run.provenance, **log.state()})
     return int(state.step)
+
+
+def _data_state(loader: TrainLoader) -> dict:
+    """Of the run: what could not be used is counted over all processes."""
+    state = loader.state()
+    return state | {"bad_examples": sum(processes.gather("bad examples", state["bad_examples"]))}
+
+
+def _next(loader: TrainLoader, step: int) -> dict:
+    try:
+        return next(loader)
+    except StopIteration:  # a loader has no end; and this must not pass for the end of a loop
+        raise RuntimeError(f"the data ended before batch {step}") from None
 
 
 def _stop(run: Run, step: int, log: Log, checkpoints: Checkpoints) -> None:
@@ -312,14 +352,15 @@ def _compile(run: Run, state: TrainState, batch: dict, log: Log):
     return compiled
 
 
-def _loop(run: Run, state, loader, log: Log, checkpoints: Checkpoints) -> None:
+def _loop(run: Run, state, loader, log: Log, checkpoints, watchdog: Watchdog) -> None:
     """The order of one turn is that of the module's docstring."""
     config, total = run.config.train, run.recipe.optim.total_steps
     update, step = None, int(state.step)
     saved = step
     while step < total:
+        watchdog.at(f"step {step + 1} (batch {step} of the run)")
         with run.times.of("data"):
-            batch = next(loader)
+            batch = _next(loader, step)
         update = update or _compile(run, state, batch, log)
         state, values = update(state, run.frozen, batch)
         step += 1
@@ -327,8 +368,10 @@ def _loop(run: Run, state, loader, log: Log, checkpoints: Checkpoints) -> None:
         checkpoints.poll()
         log.dispatched(step, values, run.agreement.ask(), loader.data_wait_s, loader.bad_examples)
         if log.stop or step % config.save_every == 0 or step == total:
+            watchdog.at(f"saving step {step}")
             saved = _save(run, state, loader, log, checkpoints)
         if _evaluates(run, step) and not log.stop:
+            watchdog.at(f"the evaluation after step {step}")
             _evaluate(run, state, step, log)
         if log.stop:
             if saved != step:

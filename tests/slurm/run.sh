@@ -6,7 +6,8 @@
 #   tests/slurm/run.sh [TASKS] [ARGUMENT of uta-jax train ...]
 #
 # TASKS (2) processes on this machine's CPU train configs/demo.py, shrunk by config.runlocal, or what
-# the arguments say. UTA_JAX names the command (uta-jax); the exit code is the job's.
+# the arguments say. UTA_JAX names the command (uta-jax); STOP_AFTER=SECONDS has Slurm tell the tasks
+# to stop, so that the job saves, is queued again and goes on. The exit code is the job's.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -82,6 +83,9 @@ cd "$cluster"
 export UTA_JAX=${UTA_JAX:-uta-jax} JAX_PLATFORMS=cpu
 arguments=("--workdir=$cluster/run")
 (($#)) || set -- "--config=$root/configs/demo.py" --config.runlocal=True
+if [[ -n ${STOP_AFTER:-} ]]; then
+  { sleep "$STOP_AFTER" && scancel --signal=TERM 1; } &
+fi
 code=0
 "$root/launch/slurm.sbatch" --ntasks-per-node="$tasks" --oversubscribe --overcommit --wait -- \
   "${arguments[@]}" "$@" || code=$?

@@ -5,11 +5,13 @@ in the data) and ``meta`` (step, format, the teacher's provenance and what else 
 a manifest. The teacher's weights are in none of them.
 """
 
+import logging
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -41,11 +43,15 @@ class Checkpoints:
     """The checkpoints of one workdir; saving goes on in the background until ``close``."""
 
     def __init__(self, workdir: Path, keep: int = 2, keep_every: int = 0):
+        for name in ("absl", "asyncio"):  # orbax's ways to tell at length what SaveError says
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self.directory = Path(workdir).absolute() / "checkpoints"
         self._keep, self._keep_every = keep, keep_every
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             temporary_path_class=_temporary_path(self._acknowledge),
+            # Where a directory cannot be made, whoever waits for it would do so for minutes.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         self._under_way: int | None = None  # step
 
@@ -117,11 +123,14 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> SaveError:
         """What to tell of a failed save, after removing what it left."""
+        for _ in range(2):  # its threads fail one by one, and each keeps its error until asked
+            with suppress(Exception):
+                self._orbax.wait_until_finished()
         newest = self.latest()
         if is_first() and self._under_way is not None:
             name = f"{self._under_way}.orbax-checkpoint-tmp"
             for path in self.directory.glob(f"{name}*"):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
         reason = " ".join(str(error).split())
         advice = next((fix for pattern, fix in _ADVICE if re.search(pattern, reason)), "")
         stands = "none stands" if newest is None else f"that of step {newest} stands"
@@ -212,6 +221,15 @@ _ADVICE = (
     (r"NOT_FOUND|No such file|Errno 2\b|OS error 2\b", "its directory was removed or renamed while "
      "the run was on"),
 )  # fmt: skip
+
+
+def _remove(path: Path) -> None:
+    """Orbax gives up at the first error, and what else it had begun goes on creating files."""
+    for _ in range(20):
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.1)
+        if not path.exists():
+            return
 
 
 def _temporary_path(acknowledge) -> type:

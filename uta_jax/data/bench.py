@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from PIL import Image
 
 from uta_jax import UserError
 from uta_jax.data.decode import decode, decode_jpeg, jpeg_size
+from uta_jax.data.examples import random_at
 from uta_jax.data.files import output
 from uta_jax.data.loader import Reading, TrainLoader
 from uta_jax.data.pictures import Pictures
@@ -162,16 +164,13 @@ def normalised(image_bhwc: np.ndarray) -> np.ndarray:
 def _steps(source, images, size, scale, torchvision: bool) -> dict[str, Callable[[int], object]]:
     """What is timed on one thread: name -> function of the number of an image."""
 
-    def rng(n: int) -> np.random.Generator:
-        return np.random.default_rng([0, n])
-
-    sizes = [_decoding(data, rng(n), size, scale) for n, data in enumerate(images)]
+    sizes = [_decoding(data, random_at(0, n), size, scale) for n, data in enumerate(images)]
 
     def bare(n: int):
         return decode_jpeg(images[n], *sizes[n]) if sizes[n] else decode(images[n])
 
     def crop(n: int):
-        return train_transform(images[n], rng(n), size, scale, RATIO)
+        return train_transform(images[n], random_at(0, n), size, scale, RATIO)
 
     steps = {DECODE: bare, CROP: crop, NORMALISE: lambda n: normalised(crop(n))}
     if torchvision:
@@ -180,7 +179,7 @@ def _steps(source, images, size, scale, torchvision: bool) -> dict[str, Callable
     return steps
 
 
-def _decoding(data: bytes, rng: np.random.Generator, size: int, scale) -> tuple | None:
+def _decoding(data: bytes, rng: Random, size: int, scale) -> tuple | None:
     """(size, scale) with which train_transform calls decode_jpeg; None if Pillow decodes."""
     header = jpeg_size(data)
     if not header:

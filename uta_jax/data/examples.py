@@ -6,6 +6,7 @@ Imports no JAX of its own and knows neither batches nor processes; everything ra
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,15 @@ from uta_jax.data.tokenizer import Tokenizer
 from uta_jax.data.transforms import eval_transform, train_transform
 
 ATTEMPTS = 16  # examples that are tried for one position
+
+
+def random_at(*numbers: int) -> Random:
+    """The generator of these numbers.
+
+    Python's own: it starts in a fifth of the time of NumPy's, and its ``random()``, the one method
+    to be used, promises the same sequence in every version.
+    """
+    return Random(" ".join(map(str, numbers)))
 
 
 class Bad(NamedTuple):
@@ -61,7 +71,7 @@ class TrainExamples:
                 example = found.example()
                 pixels[:] = train_transform(
                     example["image"],
-                    np.random.default_rng([self.seed, position]),
+                    random_at(self.seed, position),
                     self.size,
                     self.scale,
                     self.ratio,
@@ -71,8 +81,7 @@ class TrainExamples:
                 return Loaded(found.values(self.tokenizer), tuple(bad))
             except BadExample as error:
                 bad.append(Bad(position, index, found.key, str(error)))
-            rng = np.random.default_rng([self.seed, position, attempt])
-            index = int(rng.integers(len(self.source)))
+            index = int(random_at(self.seed, position, attempt).random() * len(self.source))
         return Loaded(None, tuple(bad))
 
 

@@ -90,6 +90,7 @@ class TrainLoader:
         """
         index, processes = _process(process_index, process_count)
         _check(source, batch_size, processes, tokenizer)
+        self._process = index, processes
         self._about = {
             "fingerprint": source.fingerprint(),
             "seed": seed,
@@ -175,7 +176,9 @@ class TrainLoader:
             )
         self._start = seen
         used = seen * self._plan.share // self._about["batch_size"]
-        self._bad.resume(saved.get("bad_examples", 0), used, seen)
+        # The count saved is that of all processes: each goes on with its part of it.
+        bad, (index, processes) = saved.get("bad_examples", 0), self._process
+        self._bad.resume(bad // processes + (index < bad % processes), used, seen)
         return changes
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ JAX is imported where it is used: the processes that decode need none.
 from __future__ import annotations
 
 import math
+from random import Random
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,7 +39,7 @@ WHOLE = ResizeOptions(BICUBIC)  # of all pixels of an image
 
 
 def sample_crop(
-    rng: np.random.Generator,
+    rng: Random,
     width: int,
     height: int,
     scale: tuple[float, float],
@@ -51,12 +52,12 @@ def sample_crop(
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        # What rng.uniform computes, which is slow for single numbers.
         area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
         shape = math.exp(low + (high - low) * rng.random())
         w, h = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            left = int((width - w + 1) * rng.random())
+            top = int((height - h + 1) * rng.random())
             return left, top, left + w, top + h
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
@@ -66,7 +67,7 @@ def sample_crop(
 
 def train_transform(
     data: bytes,
-    rng: np.random.Generator,
+    rng: Random,
     size: int,
     scale: tuple[float, float] = (0.4, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from uta_jax import UserError
+from uta_jax import UserError, processes
 from uta_jax import mesh as meshes
 from uta_jax.checkpoint import load_run
 from uta_jax.data.tokenizer import CLIP_NAME, open_tokenizer
@@ -68,7 +68,7 @@ def embed(
     lines = inputs.read_lines(Path(texts)) if texts else []
     pictures = inputs.open_images(Path(images)) if images else None
     keep_nk = inputs.load_npy(Path(keep)) if keep else None
-    meshes.start_up()
+    processes.settle()
     spec, params, tokenizer_file = open_model(model, preset)
     if images:
         batches = inputs.batches_for(pictures, spec, images)

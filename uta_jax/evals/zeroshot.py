@@ -5,26 +5,62 @@ name in every template, each text feature L2-normalised, averaged over the templ
 again; the image feature is CLS; the class with the highest cosine wins.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clu.metrics import Average
 from jax import Array
 
-from uta_jax import UserError
-from uta_jax.data.loader import Reading, eval_batches
 from uta_jax.data.tokenizer import Tokenizer
-from uta_jax.mesh import replicated
-from uta_jax.models.encode import check_ids, encode_images, encode_texts
-from uta_jax.models.presets import ClipSpec
+from uta_jax.evals import names as named
+from uta_jax.evals.features import Pooled, transform_in_words
+from uta_jax.evals.setting import Setting
 from uta_jax.objectives import normalize
+
+_ROWS = 4096  # images at a time against all classes
+
+
+def run(params: dict, frozen: dict, cfg: Setting) -> dict[str, float]:
+    """top1, top5, mean_class (shares), n, and ``class/NUMBER NAME``: the share of each class."""
+    del frozen
+    source = cfg.data("test")
+    classes = named.class_names(source, cfg.eval.classnames)
+    weights_ce = classifier(params["text"], cfg, classes)
+    return scores(weights_ce, cfg.features.pooled(params["vision"], cfg.spec, source), classes)
+
+
+def protocol(cfg: Setting) -> dict[str, object]:
+    """What has to be known beside the numbers."""
+    return {
+        "images": transform_in_words(cfg.spec),
+        "classes": cfg.eval.classnames or "the data's own",
+        "templates": len(all_templates(cfg)),
+        "ensemble": "normalise, mean over templates, normalise",
+    }
+
+
+def all_templates(cfg: Setting) -> tuple[str, ...]:
+    """The templates that the configuration names."""
+    return named.templates(cfg.eval.templates, cfg.eval.templates_file)
+
+
+def classifier(text: dict, cfg: Setting, classes: Sequence[str]) -> Array:
+    """Unit class weights [classes, e]."""
+    templates = all_templates(cfg)
+    feature_me = cfg.features.texts(text, cfg.spec, prompts(classes, templates))
+    return class_weights(feature_me, len(templates))
 
 
 def prompts(class_names: Iterable[str], templates: Iterable[str]) -> list[str]:
     """Every name in every template, the templates of one class adjacent."""
     return [template.format(name) for name in class_names for template in templates]
+
+
+def prompt_ids(class_names: Sequence[str], templates: Sequence[str], context: int) -> np.ndarray:
+    """Token ids [classes * templates, context] of ``prompts``."""
+    return Tokenizer(context)(prompts(class_names, templates))
 
 
 def class_weights(text_features_ce: Array, templates: int) -> Array:
@@ -34,81 +70,32 @@ def class_weights(text_features_ce: Array, templates: int) -> Array:
 
 
 @jax.jit
-def _correct(features_be: Array, weights_ce: Array, label_b: Array) -> tuple[Array, Array]:
-    """Whether the right class is first, and among the first five."""
-    logits_bc = jnp.matmul(normalize(features_be), weights_ce.T, precision="highest")
-    _, best_bk = jax.lax.top_k(logits_bc, min(5, logits_bc.shape[1]))
-    hit_bk = best_bk == label_b[:, None]
-    return hit_bk[:, 0], hit_bk.any(axis=1)
+def _best(feature_be: Array, weights_ce: Array) -> Array:
+    """The five nearest classes, best first [b, 5]; all where there are fewer."""
+    logits_bc = jnp.matmul(normalize(feature_be), weights_ce.T, precision="highest")
+    return jax.lax.top_k(logits_bc, min(5, logits_bc.shape[1]))[1]
 
 
-def accuracy(weights_ce: Array, scored: Iterable[tuple[Array, dict]]) -> dict[str, float]:
-    """Top-1, top-5 (shares) and n over pairs of features [b, e] and their batch (label, valid).
-
-    Sums and counts are merged exactly, so the padding of the last batch weighs nothing.
-    """
-    top1, top5 = Average.empty(), Average.empty()
-    for features_be, batch in scored:
-        first, five = _correct(features_be, weights_ce, batch["label"])
-        top1 = top1.merge(Average.from_model_output(first, batch["valid"]))
-        top5 = top5.merge(Average.from_model_output(five, batch["valid"]))
-    return {"top1": float(top1.compute()), "top5": float(top5.compute()), "n": int(top1.count)}
-
-
-class ZeroShot:
-    """Zero-shot classification of a labelled source, with a fixed protocol, for any CLIP.
-
-    Called with a specification and parameters ``{"vision", "text"}`` it gives the figures of
-    ``accuracy``.
-    """
-
-    def __init__(
-        self,
-        source,
-        templates: Sequence[str],
-        batch_size: int,
-        sharding=None,
-        reading: Reading = Reading(),
-        watched: Callable[[Iterator[dict]], Iterator[dict]] = iter,
-    ):
-        """``watched`` wraps the batches of an evaluation, to leave it off."""
-        if not source.class_names:
-            raise UserError("zero-shot evaluation needs class names: the data set has no labels")
-        self._source, self._sharding, self._reading = source, sharding, reading
-        self._templates, self._batch_size = templates, batch_size
-        self._watched = watched
-
-    def __call__(self, spec: ClipSpec, params: dict) -> dict[str, float]:
-        vision, text = (self._place(params[tower]) for tower in ("vision", "text"))
-        ids_bl = check_ids(self.prompt_ids(spec.text.context), spec.text)
-        starts = range(0, len(ids_bl), self._batch_size)
-        size = self._batch_size
-        features = [encode_texts(text, ids_bl[i : i + size], spec=spec.text) for i in starts]
-        batches = self._watched(self.batches(spec))
-        scored = ((encode_images(vision, b["image"], spec=spec), b) for b in batches)
-        return self.score(jnp.concatenate(features), scored)
-
-    def _place(self, params: dict) -> dict:
-        """Once on the devices instead of with every batch."""
-        return jax.device_put(params, self._sharding and replicated(self._sharding.mesh))
-
-    def score(self, text_features: Array, scored: Iterable[tuple[Array, dict]]) -> dict[str, float]:
-        """``accuracy`` from the features of ``prompt_ids``, by whatever model they were made."""
-        return accuracy(class_weights(text_features, len(self._templates)), scored)
-
-    def batches(self, spec: ClipSpec) -> Iterator[dict]:
-        """The evaluation images as the model of ``spec`` takes them."""
-        return eval_batches(
-            self._source,
-            batch_size=self._batch_size,
-            image_size=spec.vision.image_size,
-            resize=spec.resize,
-            interpolation=spec.interpolation,
-            resize_size=spec.resize_size,
-            sharding=self._sharding,
-            reading=self._reading,
+def scores(weights_ce: Array, images: Pooled, classes: Sequence[str]) -> dict[str, float]:
+    """The figures of ``run`` from unit class weights and image features."""
+    missing = named.check_labels(images.label_n, classes)
+    if missing:
+        print(
+            f"zeroshot: {len(missing)} of {len(classes)} classes have no example (the first: "
+            f"{missing[0]!r}); the mean over classes leaves them out",
+            file=sys.stderr,
         )
-
-    def prompt_ids(self, context: int) -> np.ndarray:
-        """Token ids [classes * templates, context] of all prompts."""
-        return Tokenizer(context)(prompts(self._source.class_names, self._templates))
+    starts = range(0, len(images.feature_ne), _ROWS)
+    best = [_best(images.feature_ne[i : i + _ROWS], weights_ce) for i in starts]
+    hit_nk = np.concatenate(best) == images.label_n[:, None]
+    per_class = {
+        f"class/{number} {name}": float(hit_nk[images.label_n == number, 0].mean())
+        for number, name in enumerate(classes)
+        if (images.label_n == number).any()
+    }
+    return {
+        "top1": float(hit_nk[:, 0].mean()),
+        "top5": float(hit_nk.any(axis=1).mean()),
+        "mean_class": float(np.mean(list(per_class.values()))),
+        "n": len(hit_nk),
+    } | per_class

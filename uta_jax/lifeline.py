@@ -1,0 +1,393 @@
+"""The line between the processes of a run: who is there, who fell silent, what ended the first.
+
+Every process holds one TCP connection to process 0. It carries the roll call before JAX's own
+runtime starts, small values that all must know, a beat, and the cause when a process fails. JAX
+alone lets the others wait for minutes, and then ends them with a stack of C++.
+
+The port is the coordinator's own: the roll call is over before JAX listens there. What arrives is
+JSON and never executed; like JAX's own port, it belongs inside a private network.
+"""
+
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+from uta_jax import UserError
+
+_SEND_S = 5.0  # longest wait for a peer to take a message
+_MAX_BYTES = 1 << 24  # of one message
+LOOPBACK = ("localhost", "127.", "[::1]", "::1")
+END = "the end of the run"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One process, as it introduces itself."""
+
+    index: int
+    count: int  # how many it believes there are
+    host: str
+    pid: int
+    version: str  # of the code and its libraries
+
+    def __str__(self) -> str:
+        return f"process {self.index} (host {self.host}, pid {self.pid})"
+
+
+class _Wire:
+    """A socket that carries one JSON object a line."""
+
+    def __init__(self, sock: socket.socket):
+        sock.settimeout(_SEND_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket, self.heard, self._rest, self._lock = (
+            sock,
+            time.monotonic(),
+            b"",
+            threading.Lock(),
+        )
+
+    def send(self, **message) -> None:
+        with self._lock:
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[dict]:
+        """The messages that are complete by now; EOFError at the end of the connection."""
+        data = self.socket.recv(1 << 16)
+        if not data:
+            raise EOFError
+        self.heard = time.monotonic()
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _MAX_BYTES:
+            raise EOFError
+        return [json.loads(line) for line in lines]
+
+    def first(self) -> dict:
+        """Wait for one message, and read nothing after it, as long as the time-out lets it."""
+        line = b""
+        while not line.endswith(b"\n") and len(line) < _MAX_BYTES:
+            if not (byte := self.socket.recv(1)):
+                raise EOFError
+            line += byte
+        return json.loads(line)
+
+
+class Lifeline:
+    """This process's end of the line; ``wires`` lead to process 0, or from it to all others.
+
+    From its creation on a thread watches: it ends this process, saying why, when another one fails,
+    falls silent for ``heartbeat_s``, or has been at the end for ``shutdown_s`` and this one or a
+    third has not.
+    """
+
+    def __init__(
+        self,
+        members: list[Member],
+        index: int,
+        wires: dict[int, socket.socket],
+        heartbeat_s: float,
+        shutdown_s: float,
+        last_words: Callable[[str], None] | None = None,
+    ):
+        self.members, self.index = members, index
+        self._wires = {peer: _Wire(sock) for peer, sock in wires.items()}
+        self._heartbeat_s, self._shutdown_s = heartbeat_s, shutdown_s
+        self._last_words = last_words or _end_process
+        self._values: dict[int, tuple[str, object]] = {}  # process 0: what each has brought
+        self._gathered: list | None = None
+        self._arrived = threading.Condition()
+        self._ending = threading.Lock()  # only one thread has the last word
+        self._at_end: dict[int, float] = {}
+        self._left: set[int] = set()
+        self._closed = False
+        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
+        self._thread.start()
+
+    def gather(self, label: str, value) -> list:
+        """What every process brings, in their order; all must call it alike. Values are JSON.
+
+        Raises RuntimeError where the processes are not at the same ``label``.
+        """
+        if label == END:
+            self._at_end[self.index] = time.monotonic()
+        if self.index:
+            self._wires[0].send(gather=label, value=value)
+            return self._wait(lambda: self._gathered is not None)
+        with self._arrived:
+            self._values[0] = (label, value)
+        self._wait(lambda: len(self._values) == len(self.members))
+        values, self._values = self._values, {}
+        labels = {i: label for i, (label, _) in sorted(values.items())}
+        if len(set(labels.values())) > 1:
+            raise RuntimeError(f"the processes have come apart: {labels}")
+        ordered = [values[i][1] for i in range(len(self.members))]
+        for wire in self._wires.values():
+            wire.send(gathered=ordered)
+        return ordered
+
+    def _wait(self, ready: Callable[[], bool]) -> list | None:
+        with self._arrived:
+            self._arrived.wait_for(ready)
+            found, self._gathered = self._gathered, None
+        return found
+
+    def fail(self, cause: str) -> None:
+        """Tell the others what ended this process; the caller ends it. Returns when they know."""
+        self._ending.acquire()  # never released: the thread that watches must not speak any more
+        self._tell(cause, self.index)
+
+    def _tell(self, cause: str, index: int) -> None:
+        for peer, wire in self._wires.items():
+            if peer not in self._left:
+                with suppress(OSError):
+                    wire.send(fail=cause, process=index)
+        if not self.index:
+            time.sleep(
+                1
+            )  # with this process goes JAX's service, which ends the others less clearly
+
+    def close(self) -> None:
+        """Leave; for when all have come to the end."""
+        self._closed = True
+        for wire in self._wires.values():
+            with suppress(OSError):
+                wire.send(bye=True)
+        self._thread.join(timeout=5)
+        for wire in self._wires.values():
+            wire.socket.close()
+
+    # The thread that watches
+
+    def _watch(self) -> None:
+        pause = self._heartbeat_s / 5
+        turn = beat = time.monotonic()
+        with selectors.DefaultSelector() as ready:
+            for peer, wire in self._wires.items():
+                ready.register(wire.socket, selectors.EVENT_READ, peer)
+            while not self._closed:
+                for key, _ in ready.select(timeout=min(pause, 0.5)):
+                    self._hear(key.data, ready)
+                now = time.monotonic()
+                if now - turn > self._heartbeat_s / 2:  # it is this process that was away
+                    for wire in self._wires.values():
+                        wire.heard = now
+                turn = now
+                if now - beat >= pause:
+                    beat = now
+                    self._beat()
+                self._judge(now)
+
+    def _hear(self, peer: int, ready: selectors.BaseSelector) -> None:
+        wire = self._wires[peer]
+        try:
+            messages = wire.receive()
+        except TimeoutError:
+            return
+        except (OSError, EOFError, ValueError):
+            ready.unregister(wire.socket)
+            if peer not in self._left and not self._closed:
+                self._end(
+                    peer, f"{self.members[peer]} ended without a word: killed, or its host lost"
+                )
+            return
+        for message in messages:
+            self._take(peer, message)
+
+    def _take(self, peer: int, message: dict) -> None:
+        if "fail" in message:
+            self._end(message["process"], message["fail"])
+        elif "bye" in message:
+            self._left.add(peer)
+        with self._arrived:
+            if "gather" in message:
+                self._values[peer] = (message["gather"], message["value"])
+                if message["gather"] == END:
+                    self._at_end[peer] = time.monotonic()
+            elif "gathered" in message:
+                self._gathered = message["gathered"]
+            self._arrived.notify_all()
+
+    def _beat(self) -> None:
+        for peer, wire in self._wires.items():
+            if peer not in self._left:
+                with suppress(OSError):  # reading says what is wrong
+                    wire.send(beat=True)
+
+    def _judge(self, now: float) -> None:
+        for peer, wire in self._wires.items():
+            silent = now - wire.heard
+            if silent > self._heartbeat_s and peer not in self._left:
+                self._end(
+                    peer,
+                    f"{self.members[peer]} has been silent for {silent:.0f} s ("
+                    f"processes.heartbeat_s={self._heartbeat_s:g}): stopped, or lost",
+                )
+        if not self.index and self._at_end and now - min(self._at_end.values()) > self._shutdown_s:
+            here = min(self._at_end, key=self._at_end.get)
+            late = [str(m) for m in self.members if m.index not in self._at_end]
+            if late:
+                self._end(
+                    here,
+                    f"{self.members[here]} came to its end {self._shutdown_s:g} s ago "
+                    f"(processes.shutdown_s), but not {', '.join(late)}: they ran different "
+                    "numbers of steps",
+                )
+
+    def _end(self, index: int, cause: str) -> None:
+        """Say what happened to process ``index``, pass it on, and end this process."""
+        if not self._ending.acquire(blocking=False):
+            return
+        self._tell(cause, index)
+        self._last_words(f"{self.members[self.index]} ends with the run, because of:\n{cause}")
+
+
+def _end_process(words: str) -> None:
+    print(f"\n{words}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+# The roll call
+
+
+def call_the_roll(
+    me: Member, address: str, wait_s: float, say: Callable[[str], None] = print
+) -> tuple[list[Member], dict[int, socket.socket]]:
+    """Wait at ``address`` (HOST:PORT of process 0) until all are there: who they are, and sockets.
+
+    Raises UserError, on every process that is there, for one that is missing after ``wait_s``
+    seconds, a number given twice, another count or code, or a loopback address between hosts.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"the coordinator's address {address!r} must be HOST:PORT of process 0")
+    if me.index == 0:
+        return _call(me, host, int(port), wait_s, say)
+    return _answer(me, host, int(port), wait_s)
+
+
+def _call(me: Member, host: str, port: int, wait_s: float, say) -> tuple:
+    present, sockets = {0: me}, {}
+    with _listen(port) as listener:
+        deadline, told = time.monotonic() + wait_s, time.monotonic()
+        while len(present) < me.count:
+            if (now := time.monotonic()) > deadline:
+                _refuse(sockets, _missing(present, me.count, wait_s, host))
+            if now - told > 10:
+                told = now
+                say(f"waiting for {_absent(present, me.count)}")
+            with suppress(TimeoutError):
+                if (found := _introduced(listener)) is not None:
+                    member, sock = found
+                    again = member.index in present
+                    sockets[-1 if again else member.index] = sock
+                    if reason := _misfit(member, present, host):
+                        _refuse(sockets, reason)
+                    present[member.index] = member
+    members = [present[i] for i in range(me.count)]
+    for sock in sockets.values():
+        _Wire(sock).send(members=[asdict(m) for m in members])
+    return members, sockets
+
+
+def _listen(port: int) -> socket.socket:
+    try:
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        listener = socket.create_server(
+            ("", port), family=family, dualstack_ipv6=dual, backlog=1024
+        )
+    except OSError as error:
+        raise UserError(
+            f"process 0 cannot listen on port {port}: {error.strerror}; end what holds it, or "
+            "choose another port for the coordinator"
+        ) from None
+    listener.settimeout(0.5)
+    return listener
+
+
+def _introduced(listener: socket.socket) -> tuple[Member, socket.socket] | None:
+    """The next to come; None for somebody who is not one of us."""
+    sock, _ = listener.accept()
+    try:
+        return Member(**_Wire(sock).first()), sock
+    except (OSError, EOFError, TypeError, ValueError):
+        sock.close()
+        return None
+
+
+def _misfit(member: Member, present: dict[int, Member], host: str) -> str:
+    """Why ``member`` cannot be one of those ``present``; "" where it can."""
+    first = present[0]
+    if member.count != first.count:
+        return f"{member} was started as one of {member.count}, {first} as one of {first.count}"
+    if not 0 < member.index < first.count:
+        return f"{member}: numbers go from 0 to {first.count - 1}"
+    if member.index in present:
+        return f"{member} and {present[member.index]} have the same number: give each its own"
+    if member.version != first.version:
+        return f"{member} runs {member.version}, but {first} {first.version}: install the same"
+    if member.host != first.host and host.startswith(LOOPBACK):
+        return (
+            f"the coordinator's address {host} means another machine on every host, but {member} "
+            f"and {first} are on two: give the name or address of the host of process 0"
+        )
+    return ""
+
+
+def _missing(present: dict, count: int, wait_s: float, host: str) -> str:
+    hint = f"; {host} can be reached from this host alone" if host.startswith(LOOPBACK) else ""
+    return (
+        f"waited {wait_s:g} s for {_absent(present, count)}: see why they did not start or cannot "
+        f"reach process 0, or raise config.processes.start_s{hint}"
+    )
+
+
+def _absent(present: dict, count: int) -> str:
+    gone = [str(i) for i in range(count) if i not in present]
+    names = ", ".join(gone[:20]) + (", ..." if len(gone) > 20 else "")
+    return f"{len(gone)} of {count} processes: missing {names}"
+
+
+def _refuse(sockets: dict[int, socket.socket], reason: str) -> None:
+    for sock in sockets.values():
+        with suppress(OSError):
+            _Wire(sock).send(refused=reason)
+            sock.close()
+    raise UserError(reason)
+
+
+def _answer(me: Member, host: str, port: int, wait_s: float) -> tuple:
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            sock = socket.create_connection((host.strip("[]"), port), timeout=_SEND_S)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"process {me.index} of {me.count}: nothing answers at {host}:{port} for "
+                    f"{wait_s:g} s ({error.strerror or error}): process 0 must run there, and the "
+                    "port be open to this host"
+                ) from None
+            time.sleep(0.2)
+    wire = _Wire(sock)
+    try:
+        wire.send(**asdict(me))
+        sock.settimeout(max(deadline - time.monotonic(), 0) + 2 * _SEND_S)
+        answer = wire.first()
+    except (OSError, EOFError) as error:
+        raise UserError(
+            f"process {me.index} of {me.count}: process 0 at {host}:{port} ended at the roll call "
+            f"({type(error).__name__})"
+        ) from None
+    if "refused" in answer:
+        raise UserError(answer["refused"])
+    return [Member(**member) for member in answer["members"]], {0: sock}
