@@ -5,7 +5,7 @@
 As ``configs/demo.py`` but for the objective and what its authors publish: 70 % masked, patches
 drawn by the teacher's attention, betas 0.9 and 0.95, no clipping (OpenDriveLab/maskalign,
 README.md, main_pretrain.py). The student has no part in the space of the texts: it is judged by
-probes on its features, never by zero-shot classification.
+its features (``knn``, ``linear_probe``), never by zero-shot classification.
 """
 
 from demo import get_config as demo_config
