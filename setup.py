@@ -78,6 +78,7 @@ setup(
             "pyyaml>=6,<7",
             "emoji>=2.14,<3",
             "webdataset==1.0.2",  # parity of tar shards
+            "libtpu>=0.0.52,<0.1",  # the TPU compiler, for the plan's test; runs on any CPU
             "scikit-learn>=1.9.1,<1.10",  # parity of kNN and of linear probes
             "clip-benchmark==1.6.2",  # parity of zero-shot and retrieval
         ],

@@ -10,6 +10,9 @@ Shape letters, used as suffixes of array names throughout (``target_bke`` is [b,
     p  values of one patch (side * side * 3)
 """
 
+import glob
+import os
+
 __version__ = "0.1.0"
 
 
@@ -21,3 +24,13 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+
+
+def quiet_tpu_library() -> None:
+    """Where libtpu is installed and no TPU is: answer what it would ask for, and complain of.
+
+    Before JAX looks for devices, which loads the library if it is there.
+    """
+    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")

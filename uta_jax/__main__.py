@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from uta_jax import UserError, __version__
+from uta_jax import UserError, __version__, quiet_tpu_library
 from uta_jax.actions import ACTIONS, Command
 from uta_jax.commands import COMMANDS
 
@@ -47,6 +47,7 @@ def _add_commands(parser, commands: dict[str, Command], dest: str, metavar: str)
 def main(argv: list[str] | None = None) -> int:
     """Run one command; its exit code, or that of the mistake which it tells of in one line."""
     args, rest = _parser().parse_known_args(argv)
+    quiet_tpu_library()
     takes_config = args.command in ("train", "plan")
     if rest and not (takes_config or str(getattr(args, "data", "")).endswith(".py")):
         name = f"uta-jax {args.command}"

@@ -1,5 +1,6 @@
 """What ``uta-jax`` can do, as data: each command's arguments, and the one function it calls."""
 
+import argparse
 import os
 
 from uta_jax import UserError
@@ -79,17 +80,28 @@ def _embed(args, _):
 def _plan(args, overrides):
     # Before JAX looks for devices: the plan is made on the CPU, for whatever slice.
     os.environ["JAX_PLATFORMS"] = "cpu"
+    kind, _, count = args.topology.partition(":")
+    if kind == "cpu" and count.isdigit() and int(count):
+        os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={count}")
     from uta_jax.plan import plan
 
-    config = read_config(args.config, overrides)
+    key, _, values = args.compare.partition("=")
+    variants = [f"--config.{key}={value}" for value in values.split(",")] if key else [""]
     plan(
-        config,
+        {each: read_config(args.config, overrides + [each] * bool(each)) for each in variants},
         args.topology,
         batch_per_chip=args.batch_per_chip,
         price=args.price,
         examples=args.examples,
         json_file=args.json or "",
     )
+
+
+def _batch_per_chip(text: str) -> int:
+    """An integer >= 1, or -1 for the word max."""
+    if text != "max" and not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of images >= 1 nor max")
+    return -1 if text == "max" else int(text)
 
 
 def _report(args, _):
@@ -269,8 +281,13 @@ COMMANDS = {
             ),
             (
                 "--batch-per-chip",
-                {"type": int, "default": 0, "help": "images (default: config.data.batch_size "
-                 "over all chips)"},
+                {"type": _batch_per_chip, "default": 0, "help": "images (default: "
+                 "config.data.batch_size over all chips); max: the most that fit"},
+            ),
+            (
+                "--compare",
+                {"default": "", "metavar": "KEY=A,B", "help": "a column for each value of a key "
+                 "of the recipe, as student.remat=none,attn,names,full"},
             ),
             ("--price", {"type": float, "default": 0.0, "help": "of one chip for one hour"}),
             (

@@ -7,9 +7,11 @@ good for comparing choices, and not a stopwatch.
 
 import math
 import os
+import re
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from uta_jax import UserError, hlo
+from uta_jax import UserError, hlo, quiet_tpu_library
 from uta_jax import config as configs
 from uta_jax import mesh as meshes
 from uta_jax.interop.files import write_json
@@ -78,37 +80,75 @@ class Plan:
 
 
 def plan(
-    config: ConfigDict,
+    recipes: Mapping[str, ConfigDict],
     topology: str,
     batch_per_chip: int = 0,
     price: float = 0.0,
     examples: int = 14_197_122,
     json_file: str | Path = "",
-) -> Plan:
-    """Compile the step of ``config`` for ``topology`` and print what the compiler says.
+) -> list[Plan]:
+    """Compile the step of each recipe for ``topology`` and print what the compiler says.
 
     Args:
+      recipes: by what tells them apart ("" where there is one); those that do not fit are named
+        below the table of those that do.
       topology: kind and shape of a slice, as "v5e:16x16"; or "cpu:N".
-      batch_per_chip: images; 0 takes ``config.data.batch_size`` over all chips.
+      batch_per_chip: images; 0 takes ``config.data.batch_size`` over all chips, -1 searches the
+        most that fit.
       price: per chip and hour, in any currency.
       examples: length of the training set, for recipes given in epochs (default: ImageNet-21k).
 
-    Raises UserError for an unknown topology, what does not divide, or a step that does not fit.
+    Raises UserError for an unknown topology, what does not divide, or where no step fits.
     """
     devices = topology_devices(topology)
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        if batch_per_chip:
-            config.data.batch_size = batch_per_chip * len(devices)
-    teacher = _teacher_spec(config)
-    recipe = configs.make_recipe(config, teacher, examples, len(devices))
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    found = compile_plan(recipe, mesh, topology, config.data.batch_size, price)
-    print(table([found]))
+
+    def compiled(config: ConfigDict, per_chip: int) -> Plan:
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            config.data.batch_size = per_chip * len(devices) or config.data.batch_size
+        recipe = configs.make_recipe(config, _teacher_spec(config), examples, len(devices))
+        mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+        return compile_plan(recipe, mesh, topology, config.data.batch_size, price)
+
+    plans, refused = [], []
+    for label, config in recipes.items():
+        try:
+            if batch_per_chip < 0:
+                plans.append(largest_that_fits(partial(compiled, config)))
+            else:
+                plans.append(compiled(config, batch_per_chip))
+        except DoesNotFit as error:
+            refused.append(f"{label}: {error}" if label else str(error))
+    if not plans:
+        raise DoesNotFit("; ".join(refused))
+    print("\n".join([table(plans), *refused]))
     if json_file:
-        write_json(Path(json_file), asdict(found))
-    check_fits(found)
-    return found
+        figures = [asdict(each) for each in plans]
+        write_json(Path(json_file), figures if len(recipes) > 1 else figures[0])
+    return plans
+
+
+class DoesNotFit(UserError):
+    """The step needs more memory than a chip has."""
+
+
+def largest_that_fits(compiled: Callable[[int], Plan], probes: int = 5) -> Plan:
+    """The plan with the largest batch per chip, a multiple of 8, that ``compiled`` accepts.
+
+    Memory is nearly linear in the batch, so each probe aims at what the last one leaves free.
+    Raises DoesNotFit where not even 8 images fit.
+    """
+    best, too_many = compiled(8), 2**30
+    for _ in range(probes):
+        aim = min(best.largest_batch_per_chip // 8 * 8, too_many - 8)
+        if aim <= best.batch_per_chip:
+            break
+        try:
+            best = compiled(aim)
+        except DoesNotFit:
+            too_many = aim
+            best = replace(best, largest_batch_per_chip=(best.batch_per_chip + aim) // 2)
+    return best
 
 
 def topology_devices(topology: str) -> list:
@@ -117,8 +157,8 @@ def topology_devices(topology: str) -> list:
     if kind == "cpu" and shape.isdigit() and int(shape):
         if len(jax.devices("cpu")) < int(shape):
             raise UserError(
-                f"--topology={topology}: this process has {len(jax.devices('cpu'))} CPU devices; "
-                f"set XLA_FLAGS=--xla_force_host_platform_device_count={shape}"
+                f"--topology={topology}: this process has {len(jax.devices('cpu'))} CPU devices, "
+                "as XLA_FLAGS says: unset it, or plan for fewer"
             )
         return jax.devices("cpu")[: int(shape)]
     if kind not in CHIPS or not shape:
@@ -131,6 +171,7 @@ def topology_devices(topology: str) -> list:
     # It asks the metadata server of a TPU machine, and locks the library against a second process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    quiet_tpu_library()
     try:
         return list(topologies.get_topology_desc(topology, "tpu").devices)
     except Exception as error:  # an untyped error of the plugin's
@@ -160,7 +201,8 @@ def compile_plan(recipe: Recipe, mesh: Mesh, topology: str, batch: int, price: f
     frozen, inputs = _frozen(recipe, mesh), _inputs(recipe, mesh, batch)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        compiled = compile_step(recipe, mesh, frozen).lower(state, frozen, inputs).compile()
+        lowered = compile_step(recipe, mesh, frozen).lower(state, frozen, inputs)
+        compiled = _compile(lowered, recipe, mesh, topology)
     seconds = time.perf_counter() - start
     program, memory = hlo.read(compiled.as_text()), compiled.memory_analysis()
     parts = [_bytes(x) for x in (state.params, state.opt_state, state.ema, frozen)]
@@ -245,23 +287,32 @@ def _tower_flops(spec: VitSpec | TextSpec, patches: int, projected: int) -> floa
     return 2.0 * macs
 
 
-def check_fits(found: Plan) -> None:
-    """Raise UserError where the step does not fit the chip, saying by how much and what helps."""
-    chip = CHIPS.get(found.topology.partition(":")[0])
-    if chip is None or found.peak_bytes <= chip.memory:
-        return
-    advice = []
-    if found.largest_batch_per_chip:
-        advice.append(f"--batch-per-chip={found.largest_batch_per_chip} (estimated)")
-    if found.fsdp < found.chips:
-        advice.append(f"--config.mesh.fsdp={min(2 * found.fsdp, found.chips)}")
-    if found.remat != "full":
-        advice.append("--config.student.remat=full")
-    raise UserError(
-        f"--topology={found.topology}: the step needs {found.peak_bytes / 1e9:.1f} GB of a chip's "
-        f"{chip.memory / 1e9:.0f} GB, {(found.peak_bytes - chip.memory) / 1e9:.1f} GB too much: "
-        f"try {' or '.join(advice) or 'a larger slice'}"
+_TOO_MUCH = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
+
+
+def _compile(lowered, recipe: Recipe, mesh: Mesh, topology: str):
+    """Compile; raise DoesNotFit where the TPU compiler finds too little memory."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _TOO_MUCH.search(str(error))
+        if not found:
+            raise
+        used, memory = (float(x) * 2**30 / 1e9 for x in found.groups())
+    raise DoesNotFit(
+        f"--topology={topology}: the step needs at least {used:.1f} GB of a chip's {memory:.1f}, "
+        f"{used - memory:.1f} GB too much: try {_advice(recipe, mesh)}"
     )
+
+
+def _advice(recipe: Recipe, mesh: Mesh) -> str:
+    """What makes a step smaller, of what this one does not do yet."""
+    advice = ["--batch-per-chip=max"]
+    if mesh.shape["fsdp"] < mesh.devices.size:
+        advice.append(f"--config.mesh.fsdp={min(2 * mesh.shape['fsdp'], mesh.devices.size)}")
+    if recipe.task.remat != "full":
+        advice.append("--config.student.remat=full")
+    return " or ".join(advice)
 
 
 def table(plans: list[Plan]) -> str:

@@ -133,14 +133,21 @@ def _fresh_state(recipe: Recipe) -> TrainState:
     return TrainState(jnp.int32(0), params, make_optimizer(recipe.optim).init(params), ema)
 
 
+# Platform -> options of its compiler. On TPU, loops may use 32 MiB of on-chip memory instead of 16:
+# fewer and larger pieces, by the compiler's own estimate a tenth to a quarter fewer cycles a block.
+COMPILER_OPTIONS = {"tpu": {"xla_tpu_scoped_vmem_limit_kib": "32768"}}
+
+
 def compile_step(recipe: Recipe, mesh: Mesh, frozen: dict):
     """``train_step`` jitted for ``mesh``: (state, frozen, batch) -> (state, metrics).
 
     ``state`` is donated: its buffers become those of the next one.
     """
     state = state_shardings(recipe, mesh)
+    platform = mesh.devices.flat[0].platform
     return jax.jit(
         partial(train_step, recipe=recipe),
+        compiler_options=COMPILER_OPTIONS.get(platform),
         in_shardings=(state, meshes.shardings(mesh, frozen), meshes.batch_sharding(mesh)),
         out_shardings=(state, meshes.replicated(mesh)),
         donate_argnums=0,
