@@ -30,6 +30,7 @@ MODULES = (
     "optimizer",
     "metrics",
     "step",
+    "tasks",
     "eval_keys",
     "config",
     "runlocal",
@@ -49,6 +50,7 @@ MODULES = (
     "__main__",
 )
 CONFIGURED = {
+    "tasks",
     "eval_keys",
     "config",
     "runlocal",

@@ -126,6 +126,30 @@ def test_random_keeps_every_cell_equally_often(keep):
     assert abs(statistic - cells) < 5 * math.sqrt(2 * cells)
 
 
+def test_attention_keeps_subsets_as_often_as_drawing_one_by_one_does():
+    """Weights 1, 2, 3, 6: P(i, j) = w_i w_j / 12 (1 / (12 - w_i) + 1 / (12 - w_j)).
+
+    Six subsets in 12,000 draws: a chi-square statistic with 5 degrees of freedom is below 30 in
+    all but 1 of 60,000 runs, and there is one run.
+    """
+    weights, draws = np.array([1.0, 2.0, 3.0, 6.0]), 12_000
+    weight_bn = np.tile(weights, (draws, 1)).astype(np.float32)
+    mask = Mask("attention", 2)
+    keep_bk = np.asarray(masking.sample(jax.random.key(0), draws, 2, mask, weight_bn))
+    pairs = list(itertools.combinations(range(4), 2))
+    w = weights / weights.sum()
+    expected = np.array([w[i] * w[j] * (1 / (1 - w[i]) + 1 / (1 - w[j])) for i, j in pairs])
+    assert expected.sum() == pytest.approx(1)
+    counts = np.array([(keep_bk == pair).all(axis=1).sum() for pair in pairs])
+    assert ((counts - draws * expected) ** 2 / (draws * expected)).sum() < 30
+
+
+def test_a_patch_without_weight_is_kept_last():
+    weight_bn = np.tile(np.arange(16) % 2, (64, 1)).astype(np.float32)
+    keep_bk = np.asarray(masking.sample(jax.random.key(0), 64, 4, Mask("attention", 8), weight_bn))
+    np.testing.assert_array_equal(keep_bk, np.tile(np.arange(1, 16, 2), (64, 1)))
+
+
 def test_blocks_are_blocky(half):
     """Neighbours agree by chance in a random mask, seven times in eight in blocks."""
     assert same_neighbours(half["random"]) == pytest.approx(0.497, abs=0.01)  # 97 / 195

@@ -8,6 +8,7 @@ import pytest
 from uta_jax.__main__ import main
 from uta_jax.config import check, default_config, leaves, make_recipe
 from uta_jax.config_files import load_config, read_config
+from uta_jax.evals import is_scored
 from uta_jax.models.presets import CLIP, VIT
 from uta_jax.objectives import OBJECTIVES
 from uta_jax.runlocal import BATCH, STEPS, shrink
@@ -34,7 +35,7 @@ def test_every_recipe_trains_with_nothing_at_hand(path, tmp_path, capsys, monkey
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     logged = [json.loads(line) for line in lines]
     assert [row["step"] for row in logged if "loss" in row] == list(range(1, STEPS + 1))
-    scored = [row["step"] for row in logged if "zeroshot/top1" in row]
+    scored = [row["step"] for row in logged if is_scored(row)]
     assert scored == ([STEPS // 2, STEPS] if recipe["eval.path"] else [])
 
 

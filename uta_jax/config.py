@@ -2,12 +2,12 @@
 
 A recipe is ``default_config()`` with values replaced (``configs/*.py``). ``check`` looks at values
 alone and costs nothing; ``make_recipe`` sees the teacher, the data set and the devices as well and
-refuses what does not fit together. Both run before anything is read, compiled or written.
+refuses what does not fit together (``tasks.py``: models and masks). Both run before anything is
+read, compiled or written.
 """
 
 import math
 from contextlib import contextmanager
-from dataclasses import replace
 
 import jax
 from ml_collections import ConfigDict
@@ -19,10 +19,11 @@ from uta_jax.eval_keys import EVAL_RULES, add_eval
 from uta_jax.models import presets
 from uta_jax.models.presets import ClipSpec
 from uta_jax.models.vit import REMAT
-from uta_jax.objectives import OBJECTIVES, Task
+from uta_jax.objectives import OBJECTIVES
 from uta_jax.optimizer import AdamW
 from uta_jax.processes import PLATFORMS
 from uta_jax.step import Recipe
+from uta_jax.tasks import make_task
 
 
 def default_config() -> ConfigDict:
@@ -51,8 +52,8 @@ def _add_method(c: ConfigDict) -> None:
     c.teacher.dtype = "bfloat16"  # of its weights and products
 
     c.mask = ConfigDict()
-    c.mask.kind = "random"  # one of masking.KINDS
-    c.mask.ratio = 0.5  # share of the patches that is dropped, in [0, 1)
+    c.mask.kind = "random"  # one of masking.KINDS or WEIGHTED, as far as the objective can
+    c.mask.ratio = 0.5  # share of the patches that is masked, in [0, 1)
     c.mask.min_block = 16  # patches; smallest rectangle of the block kinds
 
     c.loss = ConfigDict()
@@ -160,7 +161,7 @@ _RULES = {
     "student.remat": _one_of(REMAT),
     "teacher.image_size": _COUNT_OR_0,
     "teacher.dtype": _DTYPE,
-    "mask.kind": _one_of(masking.KINDS),
+    "mask.kind": _one_of(masking.KINDS + masking.WEIGHTED),
     "mask.ratio": _between(0, 1, "a share in [0, 1): 0 keeps every patch"),
     "mask.min_block": _COUNT,
     "loss.cls_weight": _NOT_NEGATIVE,
@@ -295,98 +296,6 @@ def _check_divides(key: str, size: int, devices: int) -> None:
 
 def _steps(epochs: float, config: ConfigDict, examples: int) -> int:
     return round(epochs * examples / config.data.batch_size)
-
-
-def make_task(config: ConfigDict, teacher: ClipSpec | None) -> Task:
-    """The architecture and loss of a run; ``teacher`` as for ``make_recipe``."""
-    student = _student_spec(config, teacher)
-    text = None
-    if OBJECTIVES[config.objective].needs_text:
-        if config.student.preset not in presets.CLIP:
-            raise UserError(
-                f"config.student.preset={config.student.preset} has no text tower, which objective "
-                f"{config.objective!r} trains: choose one of {', '.join(presets.CLIP)}"
-            )
-        text = presets.CLIP[config.student.preset].text
-    if teacher:
-        _check_teacher(config, teacher)
-        teacher = presets.with_vision(teacher, _teacher_spec(config, student, teacher))
-    keep = masking.keep_count(student.tokens, config.mask.ratio)
-    if not keep:
-        raise UserError(
-            f"config.mask.ratio={config.mask.ratio} keeps 0 of {student.tokens} patches: lower it"
-        )
-    _check_block(config.mask, keep, student.tokens)
-    return Task(
-        objective=config.objective,
-        student=student,
-        mean=teacher.mean if teacher else presets.OPENAI_MEAN,
-        std=teacher.std if teacher else presets.OPENAI_STD,
-        text=text,
-        teacher=teacher,
-        mask=masking.Mask(config.mask.kind, keep, config.mask.min_block),
-        cls_weight=config.loss.cls_weight,
-        dtype=config.student.dtype,
-        teacher_dtype=config.teacher.dtype,
-        remat=config.student.remat,
-    )
-
-
-def _check_teacher(config: ConfigDict, teacher: ClipSpec) -> None:
-    """Its tokens must live in a space that its own text tower shares."""
-    lacks = "text tower" if teacher.text is None else ""
-    if teacher.vision.pool != "cls" or not teacher.vision.cls:
-        lacks = "class token (it pools by attention)"
-    elif teacher.tokenizer != "clip":
-        lacks = "CLIP tokenizer, by which zero-shot evaluation spells the names of classes"
-    if lacks:
-        raise UserError(
-            f"config.teacher.path={config.teacher.path} has no {lacks}; objective "
-            f"{config.objective!r} needs a teacher whose tokens share a space with its text: "
-            "choose a CLIP whose image feature is its class token"
-        )
-
-
-def _check_block(mask: ConfigDict, keep: int, tokens: int) -> None:
-    """Rectangles larger than what they have to cover are all refused: the mask would be random."""
-    area = {"block": tokens - keep, "reversed_block": keep}.get(mask.kind, 0)
-    if 0 < area < mask.min_block:
-        raise UserError(
-            f"config.mask.min_block={mask.min_block} is more than the {area} patches that "
-            f"{mask.kind!r} covers with rectangles: choose at most {area}"
-        )
-
-
-def _student_spec(config: ConfigDict, teacher: ClipSpec | None) -> presets.VitSpec:
-    """The student's preset at its input size, projecting into the teacher's space."""
-    spec = presets.VIT[config.student.preset]
-    spec = presets.resized(spec, config.student.image_size or spec.image_size)
-    if spec.image_size % spec.patch_size:
-        sizes = [n * spec.patch_size for n in (spec.grid, spec.grid + 1) if n]
-        raise UserError(
-            f"config.student.image_size={spec.image_size} is not a multiple of the patch size "
-            f"{spec.patch_size}: choose {' or '.join(map(str, sizes))}"
-        )
-    if spec.pool != "cls":
-        raise UserError(
-            f"config.student.preset={config.student.preset} has no class token: choose one of "
-            + ", ".join(name for name, vit in presets.VIT.items() if vit.pool == "cls")
-        )
-    return replace(spec, out_dim=teacher.vision.out_dim, head_proj=True) if teacher else spec
-
-
-def _teacher_spec(config: ConfigDict, student, teacher: ClipSpec) -> presets.VitSpec:
-    """The teacher at the input size of the run, where its grid is the student's."""
-    patch = teacher.vision.patch_size
-    size = config.teacher.image_size or student.grid * patch
-    if size != student.grid * patch:
-        other = f"config.student.image_size={size // patch * student.patch_size}"
-        raise UserError(
-            f"config.teacher.image_size={size} gives the teacher a grid of {size / patch:g}, the "
-            f"student's is {student.grid}: use config.teacher.image_size={student.grid * patch}"
-            + (f" or {other}" if size % patch == 0 else "")
-        )
-    return presets.resized(teacher.vision, size)
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:

@@ -5,6 +5,8 @@
                     masking_generator.py).
 ``reversed_block``  the same rectangles are *kept*. UTA names a reversed block-wise mask and
                     publishes no algorithm: this reading is ours.
+``attention``       patches are drawn one after the other, each with a chance in proportion to its
+                    weight among those that are left (MaskAlign: what the teacher's CLS attends to).
 
 The rectangles of BEiT stop when ten tries in a row fail, which leaves the count short in about a
 third of the draws. A compiled step needs it exact, so the rest is topped up with the cells that
@@ -19,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-KINDS = ("random", "block", "reversed_block")
+KINDS = ("random", "block", "reversed_block")  # of chance alone
+WEIGHTED = ("attention",)  # of weights as well, where the objective has them
 
 _TRIES = 10  # consecutive failures after which no further rectangle is sought
 _ROUNDS = 100  # tries in all: more than any grid in use needs (16 x 16, half masked: about 15)
@@ -30,7 +33,7 @@ _LOG_ASPECT = math.log(1 / 0.3)
 class Mask:
     """How patches are chosen; static in a compiled step."""
 
-    kind: str = "random"  # one of KINDS
+    kind: str = "random"  # one of KINDS or WEIGHTED
     keep: int = 1  # patches kept of each image
     min_block: int = 16  # smallest area, in patches, that a rectangle is drawn with
 
@@ -40,11 +43,17 @@ def keep_count(tokens: int, ratio: float) -> int:
     return round(tokens * (1.0 - ratio))
 
 
-def sample(rng: Array, batch: int, grid: int, mask: Mask) -> Array:
-    """Draw ``keep_bk``: int32 [b, mask.keep], sorted, distinct, within [0, grid * grid)."""
+def sample(rng: Array, batch: int, grid: int, mask: Mask, weight_bn: Array | None = None) -> Array:
+    """Draw ``keep_bk``: int32 [b, mask.keep], sorted, distinct, within [0, grid * grid).
+
+    ``weight_bn``: not negative; of the kinds in ``WEIGHTED`` alone.
+    """
     tokens, places = grid * grid, 4 * _ROUNDS
     if mask.kind == "random":
         score_bn = jax.random.uniform(rng, (batch, tokens))
+    elif mask.kind == "attention":
+        # The k highest of these are k draws without replacement (Kool et al. 2019, section 3).
+        score_bn = jnp.log(weight_bn) + jax.random.gumbel(rng, (batch, tokens))
     else:
         area = mask.keep if mask.kind == "reversed_block" else tokens - mask.keep
         # One draw for both purposes: every one adds to the time of compilation.
@@ -54,6 +63,16 @@ def sample(rng: Array, batch: int, grid: int, mask: Mask) -> Array:
         score_bn = -score_bn if mask.kind == "block" else score_bn
     _, keep_bk = jax.lax.top_k(score_bn, mask.keep)
     return jnp.sort(keep_bk.astype(jnp.int32), axis=-1)
+
+
+def complement(keep_bk: Array, tokens: int) -> tuple[Array, Array]:
+    """The patches not in ``keep_bk``: as bool [b, tokens], and as indices, int32 [b, tokens - k].
+
+    Sorted.
+    """
+    dropped_bn = (keep_bk[:, :, None] != jnp.arange(tokens)[None, None]).all(axis=1)
+    order_bn = jnp.argsort(~dropped_bn, axis=1, stable=True)
+    return dropped_bn, order_bn[:, : tokens - keep_bk.shape[1]].astype(jnp.int32)
 
 
 def _top_up(covered_bgg: Array, tie_bn: Array) -> Array:

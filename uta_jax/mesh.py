@@ -30,7 +30,8 @@ LAYOUT: tuple[tuple[str, P], ...] = (
     (r"pool/mlp/down/kernel$", P(None, "fsdp")),  # [hidden, d]
     (r"(patch_embed/kernel|pos_embed|token_embed/embedding)$", P(None, "fsdp")),  # [rows, d]
     (r"head/proj/kernel$", P("fsdp", None)),  # [d, e]
-    (r"(bias|scale|layer_scale[12]|cls_token|probe|logit_scale|count)$", P()),
+    (r"decoder/kernel$", P(None, "fsdp", None)),  # [targets, d, t]
+    (r"(bias|scale|layer_scale[12]|cls_token|mask_token|probe|mix|logit_scale|count)$", P()),
 )
 
 

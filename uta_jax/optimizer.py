@@ -9,10 +9,10 @@ import optax
 from uta_jax import mesh
 
 # Path of a parameter -> whether weight decay pulls on it. Biases, norms, positions, CLS and scales
-# do not decay (EVA's choice); the stacked depth axis makes the usual test on the rank
-# meaningless.
+# do not decay (EVA's choice), nor the mixing of layers (MaskAlign's) nor the mask token (ours); the
+# stacked depth axis makes the usual test on the rank meaningless.
 DECAY: tuple[tuple[str, bool], ...] = (
-    (r"(bias|scale|layer_scale[12]|pos_embed|cls_token|probe|logit_scale)$", False),
+    (r"(bias|scale|layer_scale[12]|pos_embed|(cls|mask)_token|probe|mix|logit_scale)$", False),
     (r"(kernel|embedding)$", True),
 )
 

@@ -267,7 +267,7 @@ def _count(tree) -> int:
 def flops_per_image(recipe: Recipe) -> tuple[float, float]:
     """(student forward and backward, teacher forward): products of matrices alone, two per MAC."""
     task = recipe.task
-    kept = task.mask.keep if OBJECTIVES[task.objective].needs_teacher else task.student.tokens
+    kept = task.mask.keep if OBJECTIVES[task.objective].drops else task.student.tokens
     student = 3 * _tower_flops(task.student, kept, kept + 1)
     if task.text:
         student += 3 * _tower_flops(task.text, task.text.context, 1)

@@ -15,8 +15,14 @@ from uta_jax.evals import evaluate
 from uta_jax.interop.export import export
 from uta_jax.interop.files import check_free
 from uta_jax.interop.teacher import load_clip
-from uta_jax.masking import sample
-from uta_jax.objectives import cosine, student_input, teacher_tokens
+from uta_jax.objectives import (
+    by_attention,
+    cosine,
+    draw_mask,
+    run_teacher,
+    student_input,
+    teacher_tokens,
+)
 from uta_jax.step import step_key
 
 matplotlib.use("Agg")  # files only: no display is needed
@@ -91,7 +97,7 @@ def report(workdir: str | Path) -> dict:
     figures = _figures(workdir, run.meta["step"])
     rows = metrics.read(workdir / "metrics.jsonl")
     draw_curves(rows, figures, workdir / "curves.png")
-    if run.teacher:
+    if run.teacher and run.spec.text:  # else their tokens cannot be compared
         draw_samples(run, workdir / "samples.png")
     summary = summarize(rows, figures)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -161,7 +167,7 @@ def draw_samples(run: SavedRun, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     image_bhwc = _training_crops(run)
-    keep_bk = np.asarray(_masks(run))
+    keep_bk = np.asarray(_masks(run, image_bhwc))
     agreement_bgg = _agreement(run, image_bhwc)
     size = run.task.student.patch_size
     shown_bn = np.zeros((len(image_bhwc), run.task.student.tokens), bool)
@@ -200,10 +206,14 @@ def _training_crops(run: SavedRun) -> np.ndarray:
     return batch["image"]
 
 
-def _masks(run: SavedRun) -> jax.Array:
+def _masks(run: SavedRun, image_bhwc: np.ndarray) -> jax.Array:
     """The kept patches of the same images in the run's first update."""
-    key = step_key(run.config.seed, 0)
-    return sample(key, run.config.data.batch_size, run.task.student.grid, run.task.mask)[:_COLUMNS]
+    key, batch, teacher = step_key(run.config.seed, 0), run.config.data.batch_size, None
+    if by_attention(run.task):
+        # A row of the mask depends on its own image alone: any others will do for the rest.
+        filled = np.resize(image_bhwc, (batch, *image_bhwc.shape[1:]))
+        teacher = run_teacher(run.teacher.params, filled, run.task, attention=True)
+    return draw_mask(key, batch, run.task, teacher)[:_COLUMNS]
 
 
 def _agreement(run: SavedRun, image_bhwc: np.ndarray) -> np.ndarray:

@@ -55,7 +55,8 @@ def _shrink_data(config: ConfigDict) -> None:
         scores.source, scores.path, scores.split = "synthetic", IMAGES.format(2 * BATCH), "val"
         scores.batch_size = min(scores.batch_size, BATCH)
         # These images have labels, neither captions nor masks, and names of their own.
-        scores.names, scores.classnames = ("zeroshot",), ""
+        joint = OBJECTIVES[config.objective].joint_space
+        scores.names, scores.classnames = ("zeroshot" if joint else "knn",), ""
 
 
 def _shrink_schedule(config: ConfigDict) -> None:

@@ -156,7 +156,8 @@ def make_evaluator(config: ConfigDict, recipe: Recipe, mesh, teacher: dict, watc
     """
     if not config.eval.path:
         return lambda state: {}
-    wanted, task = evals.check_names(config.eval.names), recipe.task
+    task = recipe.task
+    wanted = evals.fitting(evals.check_names(config.eval.names), task.clip)
     data, size = Data(config), config.eval.batch_size
     evals.open_all(data, wanted)
     if "alignment" not in wanted:

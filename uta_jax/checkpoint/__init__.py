@@ -15,7 +15,8 @@ from uta_jax.checkpoint.store import Checkpoints
 from uta_jax.config_files import load_config
 from uta_jax.interop.teacher import Checkpoint, load_clip, read_spec
 from uta_jax.models.presets import ClipSpec
-from uta_jax.objectives import OBJECTIVES, Task
+from uta_jax.objectives import DECODER, OBJECTIVES, Task
+from uta_jax.tasks import make_task
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class SavedRun:
 
     @property
     def clip(self) -> dict:
-        """The student as a whole CLIP: vision, text, logit_scale."""
-        return self.student if self.teacher is None else self.teacher.params | self.student
+        """The student as a whole CLIP, vision, text, logit_scale; or the vision alone."""
+        towers = {name: tree for name, tree in self.student.items() if name != DECODER}
+        return self.teacher.params | towers if self.teacher and self.spec.text else towers
 
 
 def load_run(workdir: str | Path) -> SavedRun:
@@ -46,7 +48,7 @@ def load_run(workdir: str | Path) -> SavedRun:
     path = config.teacher.path if OBJECTIVES[config.objective].needs_teacher else ""
     with configs.blame(f"config.teacher.path of {workdir}"):
         spec = read_spec(path) if path else None
-    task = configs.make_task(config, spec)
+    task = make_task(config, spec)
     with configs.blame(f"config.teacher.path of {workdir}"):
         teacher = load_clip(path, task.teacher.vision.image_size) if path else None
     item = "ema" if config.optim.ema_decay else "params"

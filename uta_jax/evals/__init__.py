@@ -21,19 +21,26 @@ from uta_jax.evals import alignment, dense, knn, linear_probe, names, retrieval,
 from uta_jax.evals.features import Features, Pooled
 from uta_jax.evals.setting import Data, Evaluator, Setting
 from uta_jax.interop.export import hf_features
+from uta_jax.models.presets import ClipSpec
 
 # The one table: name -> evaluator.
 EVALUATORS: dict[str, Evaluator] = {
-    "zeroshot": Evaluator(zeroshot.run, zeroshot.protocol, ("top1", "top5", "mean_class")),
+    "zeroshot": Evaluator(
+        zeroshot.run, zeroshot.protocol, ("top1", "top5", "mean_class"), joint_space=True
+    ),
     "retrieval": Evaluator(
-        retrieval.run, retrieval.protocol, retrieval.HEADLINE, roles=("captions",)
+        retrieval.run, retrieval.protocol, retrieval.HEADLINE, roles=("captions",), joint_space=True
     ),
     "knn": Evaluator(knn.run, knn.protocol, knn.HEADLINE, roles=("fit", "test")),
     "linear_probe": Evaluator(
         linear_probe.run, linear_probe.protocol, linear_probe.HEADLINE, roles=("fit", "test")
     ),
-    "dense": Evaluator(dense.run, dense.protocol, dense.HEADLINE, roles=("masks",)),
-    "alignment": Evaluator(alignment.run, alignment.protocol, alignment.HEADLINE, of_teacher=False),
+    "dense": Evaluator(
+        dense.run, dense.protocol, dense.HEADLINE, roles=("masks",), joint_space=True
+    ),
+    "alignment": Evaluator(
+        alignment.run, alignment.protocol, alignment.HEADLINE, of_teacher=False, joint_space=True
+    ),
 }
 FEATURES = "features"  # folder of a workdir
 
@@ -45,6 +52,11 @@ def check_names(wanted: Iterable[str], key: str = "config.eval.names") -> tuple[
         if name not in EVALUATORS:
             raise UserError(f"{key}={name}: must be one of {', '.join(EVALUATORS)}")
     return wanted
+
+
+def fitting(wanted: Iterable[str], spec: ClipSpec) -> tuple[str, ...]:
+    """Those of ``wanted`` that mean something for a model: one without texts has none of theirs."""
+    return tuple(n for n in wanted if spec.text or not EVALUATORS[n].joint_space)
 
 
 def open_all(data: Data, wanted: Iterable[str]) -> None:
@@ -127,7 +139,13 @@ def figures_of(
     config, teacher = run.config, run.teacher
     if not config.eval.path:
         raise UserError("config.eval.path is empty in this run: it has nothing to evaluate on")
-    wanted = check_names(wanted) or check_names(config.eval.names)
+    asked = check_names(wanted) or check_names(config.eval.names)
+    wanted = fitting(asked, run.spec)
+    if not wanted:
+        raise UserError(
+            f"{', '.join(asked)}: nothing that a student of {config.objective!r} can do, which has "
+            "no part in a space of texts; ask for --eval knn or linear_probe"
+        )
     mesh, reading = meshes.make_mesh(), reading_of(config.data)
     features = Features(config.eval.batch_size, mesh, reading, folder)
     data, teacher_spec = Data(config), teacher and run.task.teacher
@@ -136,7 +154,7 @@ def figures_of(
     figures = {"step": run.meta["step"]}
     for name in wanted:
         found = {"protocol": EVALUATORS[name].protocol(of_student)}
-        if teacher and EVALUATORS[name].of_teacher:
+        if teacher and EVALUATORS[name].of_teacher and fitting((name,), teacher.spec):
             of_teacher = Setting(config.eval, teacher.spec, teacher_spec, data, features)
             found["teacher"] = _measured(name, frozen, frozen, of_teacher)
         found["student"] = _measured(name, run.clip, frozen, of_student)

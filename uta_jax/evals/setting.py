@@ -70,3 +70,4 @@ class Evaluator:
     headline: tuple[str, ...]  # the figures that are shown; counts are whole numbers, else shares
     of_teacher: bool = True  # False: says nothing of a teacher alone
     roles: tuple[str, ...] = ("test",)  # the data that it reads
+    joint_space: bool = False  # only of models that share a space with a text tower

@@ -1,4 +1,4 @@
-"""What stands on top of a tower: the projection of tokens into the joint space."""
+"""What stands on top of a tower: the projection of tokens into the joint space, and decoders."""
 
 import math
 
@@ -126,3 +126,37 @@ class TokenHead(nn.Module):
         return dense(self.out_dim, use_bias=self.use_bias, dtype=self.dtype, name="proj")(
             tokens_bnd
         )
+
+
+class LayerHeads(nn.Module):
+    """Predicts layers of a teacher from all layers of a student (MaskAlign's dynamic alignment).
+
+        prediction_m = (sum_l W_ml layer_l) A_m + c_m
+
+    W starts as the last rows of I + 0.01 where both towers have as many layers, else as the mean
+    (OpenDriveLab/maskalign, models_pretrain.py, ``distill_weights``).
+    """
+
+    teacher_depth: int
+    targets: int  # the last so many of the teacher's layers
+    out_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, layers_lbkd: Array) -> Array:
+        """[l, b, k, d] -> [targets, b, k, out_dim]."""
+        depth, width = layers_lbkd.shape[0], layers_lbkd.shape[-1]
+        mix = self.param("mix", lambda _: self._first_mix(depth)).astype(self.dtype)
+        # Stacked maps: the first axis counts them and is no fan.
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "normal", batch_axis=(0,))
+        kernel = self.param("kernel", init, (self.targets, width, self.out_dim))
+        bias = self.param("bias", nn.initializers.zeros, (self.targets, self.out_dim))
+        mixed_mbkd = jnp.einsum("ml,lbkd->mbkd", mix, layers_lbkd)
+        kernel = mesh.gather(kernel.astype(self.dtype))
+        predicted = jnp.einsum("mbkd,mdt->mbkt", mixed_mbkd, kernel)
+        return predicted + bias.astype(self.dtype)[:, None, None]
+
+    def _first_mix(self, depth: int) -> Array:
+        if depth != self.teacher_depth:
+            return jnp.full((self.targets, depth), 1 / depth)
+        return jnp.eye(depth)[-self.targets :] + 0.01

@@ -6,6 +6,7 @@ learned and rotary, are looked up for the kept patches only.
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -108,11 +109,24 @@ class Attention(nn.Module):
         )
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        _show(self, "cls_attention", lambda: _first_token_attention(q, k))
         x_bnhd = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
         if self.spec.attn_norm:
             norm = layer_norm(self.spec.ln_eps, self.dtype, "norm")
             x_bnhd = norm(x_bnhd.reshape(*x_bnhd.shape[:2], width)).reshape(x_bnhd.shape)
         return dense(width, axis=(-2, -1), gain=self.gain, dtype=self.dtype, name="proj")(x_bnhd)
+
+
+def _first_token_attention(q_bnhd: Array, k_bnhd: Array) -> Array:
+    """What the first token attends to, averaged over the heads: fp32 [b, n]."""
+    logits_bhn = jnp.einsum("bhd,bnhd->bhn", q_bnhd[:, 0], k_bnhd).astype(jnp.float32)
+    return nn.softmax(logits_bhn * q_bnhd.shape[-1] ** -0.5).mean(axis=1)
+
+
+def _show(module: nn.Module, collection: str, make) -> None:
+    """Leave ``make()`` in ``collection`` for a caller who asks for it (``encode_seen``)."""
+    if module.is_mutable_collection(collection) and not module.is_initializing():
+        module.sow(collection, "seen", make())
 
 
 def apart(x: Array) -> Array:
@@ -166,7 +180,9 @@ class Block(nn.Module):
         y = Attention(spec, dtype, gain, self.causal, name="attn")(y, rope)
         x_bnd = x_bnd + self._scaled(checkpoint_name(y, "attn_out"), "layer_scale1")
         y = layer_norm(spec.ln_eps, dtype, "norm2")(x_bnd)
-        return x_bnd + self._scaled(Mlp(spec, dtype, gain, name="mlp")(y), "layer_scale2"), None
+        x_bnd = x_bnd + self._scaled(Mlp(spec, dtype, gain, name="mlp")(y), "layer_scale2")
+        _show(self, "layers", lambda: x_bnd)
+        return x_bnd, None
 
 
 class AttentionPool(nn.Module):
@@ -186,17 +202,20 @@ class AttentionPool(nn.Module):
         return (x_b1d + Mlp(spec, dtype, gain=1.0, name="mlp")(y_b1d))[:, 0]
 
 
-def block_stack(spec: VitSpec | TextSpec, dtype, remat: str = "none", causal: bool = False):
+def block_stack(
+    spec: VitSpec | TextSpec, dtype, remat: str = "none", causal: bool = False, unroll: bool = False
+):
     """``spec.depth`` blocks as one scanned module: parameters stack on a leading depth axis."""
     block = Block
     if REMAT[remat] is not None:
         block = nn.remat(Block, policy=REMAT[remat], prevent_cse=False)
     stack = nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "layers": 0, "cls_attention": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=spec.depth,
+        unroll=spec.depth if unroll else 1,
     )
     return stack(spec, dtype, causal, name="blocks")
 
@@ -243,12 +262,14 @@ class Vit(nn.Module):
     """Vision transformer over CLS and all, or only the kept, patches.
 
     ``spec`` says the architecture; ``dtype`` is that of activations and products, while parameters,
-    LayerNorm statistics and softmax stay fp32; ``remat`` is a key of ``REMAT``.
+    LayerNorm statistics and softmax stay fp32; ``remat`` is a key of ``REMAT``;
+    ``unroll`` writes the blocks out, for XLA counts the operations of a loop's body once.
     """
 
     spec: VitSpec
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    unroll: bool = False
 
     def setup(self):
         spec = self.spec
@@ -260,7 +281,7 @@ class Vit(nn.Module):
         self.pos_embed = self.param("pos_embed", token_init, (rows, spec.width))
         if spec.embed_norm:
             self.embed_norm = layer_norm(spec.ln_eps, self.dtype)
-        self.blocks = block_stack(spec, self.dtype, self.remat)
+        self.blocks = block_stack(spec, self.dtype, self.remat, unroll=self.unroll)
         out_dim = spec.out_dim if spec.head_proj else None
         self.head = TokenHead(out_dim, spec.ln_eps, spec.head_bias, self.dtype)
         if spec.pool == "map":
@@ -284,9 +305,18 @@ class Vit(nn.Module):
             return self.project(tokens_bkd[:, 0])
         return self.pool(self.project(tokens_bkd))
 
-    def encode(self, image_bhwc: Array, keep_bk: Array | None = None) -> Array:
-        """The tokens [b, 1 + k, d] before the final norm; [b, k, d] without a class token."""
-        x_bkd, rope = self._embed(image_bhwc, keep_bk)
+    def encode(
+        self,
+        image_bhwc: Array,
+        keep_bk: Array | None = None,
+        blank: tuple[Array, Array] | None = None,
+    ) -> Array:
+        """The tokens [b, 1 + k, d] before the final norm; [b, k, d] without a class token.
+
+        ``blank``: (bool [b, k], token [d]); the patches where it is true are not seen: the token
+        stands in the place of their embedding, and keeps their position.
+        """
+        x_bkd, rope = self._embed(image_bhwc, keep_bk, blank)
         if self.spec.embed_norm:
             x_bkd = self.embed_norm(x_bkd)
         x_bkd, _ = self.blocks(x_bkd, rope)
@@ -296,8 +326,11 @@ class Vit(nn.Module):
         """Final norm and projection of any tokens: [b, k, d] -> [b, k, e]."""
         return self.head(tokens_bkd)
 
-    def _embed(self, image_bhwc, keep_bk):
+    def _embed(self, image_bhwc, keep_bk, blank):
         x_bkd = self.patch_embed(image_bhwc, keep_bk)
+        if blank is not None:
+            blank_bk, token_d = blank
+            x_bkd = jnp.where(blank_bk[..., None], token_d.astype(self.dtype)[None, None], x_bkd)
         place_bk = jnp.arange(self.spec.tokens)[None] if keep_bk is None else keep_bk
         if self.spec.cls:
             # Row 0 of every table belongs to CLS.
@@ -314,6 +347,31 @@ class Vit(nn.Module):
 
 def _rows(table_nd: Array, place_bk: Array) -> Array:
     return jnp.take(table_nd, place_bk, axis=0, mode="clip")
+
+
+class Seen(NamedTuple):
+    """What a pass through the blocks shows; None for what was not asked for."""
+
+    tokens_bkd: Array  # before the final norm, CLS first
+    layers_lbkd: Array | None  # the output of every block
+    cls_attention_bk: Array | None  # of the last block, CLS to itself and the patches, fp32
+
+
+def encode_seen(
+    vit: Vit,
+    params: dict,
+    image_bhwc: Array,
+    keep_bk: Array | None = None,
+    layers: bool = False,
+    attention: bool = False,
+) -> Seen:
+    """``vit.encode`` with the outputs of all its blocks, or the attention of CLS."""
+    asked = [n for n, on in (("layers", layers), ("cls_attention", attention)) if on]
+    found = vit.apply({"params": params}, image_bhwc, keep_bk, method="encode", mutable=asked)
+    tokens_bkd, shown = found
+    outputs = shown["layers"]["blocks"]["seen"][0] if layers else None
+    weights = shown["cls_attention"]["blocks"]["attn"]["seen"][0][-1] if attention else None
+    return Seen(tokens_bkd, outputs, weights)
 
 
 def init_vit(spec: VitSpec, key: Array) -> dict:
