@@ -12,7 +12,7 @@ from pictures import Pictures
 from PIL import Image
 
 from uta_jax.__main__ import _parser, main
-from uta_jax.commands import DATA
+from uta_jax.actions import DATA
 from uta_jax.data.mixture import Mixture
 from uta_jax.data.verify import _Tally, guess_kind, verify
 
