@@ -35,7 +35,7 @@ def _plain(env: Mapping[str, str]) -> Place | None:
         missing = ", ".join(name for name in names if name not in given)
         raise UserError(f"{given[0]} is set, but not {missing}: set all of {', '.join(names)}")
     local = env.get("JAX_LOCAL_DEVICE_IDS")
-    devices = tuple(int(i) for i in local.split(",")) if local else None
+    devices = tuple(_whole("JAX_LOCAL_DEVICE_IDS", i) for i in local.split(",")) if local else None
     count, index = _number(env, names[1]), _number(env, names[2])
     return Place("coordinator", index, count, env[names[0]], devices)
 
@@ -105,7 +105,8 @@ def _metadata(key: str) -> str:
 
 def _slices(name: str, hosts: list[str], worker: int, env: Mapping[str, str]) -> Place:
     """Slice by slice, worker by worker; the first worker of the first slice coordinates."""
-    slices, this = int(env.get("MEGASCALE_NUM_SLICES", 1)), int(env.get("MEGASCALE_SLICE_ID", 0))
+    env = {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"} | dict(env)
+    slices, this = _number(env, "MEGASCALE_NUM_SLICES"), _number(env, "MEGASCALE_SLICE_ID")
     first = env.get("MEGASCALE_COORDINATOR_ADDRESS", "").partition(":")[0] or hosts[0]
     port = env.get("JAX_COORDINATOR_PORT", "8482")
     name = f"{name}, {slices} slices" if slices > 1 else name
@@ -113,10 +114,14 @@ def _slices(name: str, hosts: list[str], worker: int, env: Mapping[str, str]) ->
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
+    return _whole(name, env.get(name, ""))
+
+
+def _whole(name: str, value: str) -> int:
     try:
-        return int(env.get(name, ""))
+        return int(value)
     except ValueError:
-        raise UserError(f"{name}={env.get(name, '')!r} must be a whole number") from None
+        raise UserError(f"{name}={value!r} must be a whole number") from None
 
 
 # The first that recognises its variables counts.
