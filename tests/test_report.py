@@ -11,8 +11,9 @@ import pytest
 
 from uta_jax import UserError
 from uta_jax.checkpoint import Checkpoints, load_run
-from uta_jax.config import default_config, make_recipe
+from uta_jax.config import default_config, make_recipe, open_data
 from uta_jax.config_files import save_config
+from uta_jax.data.loader import TrainLoader
 from uta_jax.evals import zeroshot
 from uta_jax.models.presets import CLIP
 from uta_jax.objectives import draw_mask, run_teacher
@@ -156,9 +157,8 @@ def test_images_that_are_gone_leave_the_rest(runs, tmp_path, scenes):
     (workdir / "config.json").write_text(json.dumps(config))
     report([workdir])
     text = Page((workdir / "report.html").read_text()).text
-    assert (
-        f"Not shown: config.data: {tmp_path / 'gone'}" in text and "Shares that are named" in text
-    )
+    assert f"Not shown: data.path={tmp_path / 'gone'}: no TFDS dataset there" in text
+    assert "Shares that are named" in text
 
 
 def test_folders_that_are_no_runs_or_come_twice(runs, tmp_path):
@@ -260,12 +260,24 @@ def test_text_is_escaped_and_markup_is_not():
 # Pictures
 
 
-def test_masks_are_those_of_the_first_update(runs):
+def first_batch(run):
+    data = run.config.data
+    loader = TrainLoader(
+        open_data(data), batch_size=data.batch_size, seed=0, image_size=64,
+        crop_scale=data.crop_scale,
+    )  # fmt: skip
+    found = next(loader)["image"]
+    loader.close()
+    return found
+
+
+def test_crops_and_masks_are_those_of_the_first_update(runs):
     """Also where they depend on what the teacher attends to."""
     for workdir in runs:
         run = load_run(workdir)
         task, size = run.task, run.config.data.batch_size
         image_bhwc = crops.training_crops(run.config, task, 8)
+        np.testing.assert_array_equal(image_bhwc, first_batch(run)[:8])
         frozen = {"vision": run.teacher.params["vision"]}
         found = crops.look(
             run.student["vision"], frozen, image_bhwc, task=task, batch_size=size, seed=0

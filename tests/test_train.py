@@ -99,10 +99,21 @@ def test_interrupted_anywhere_and_resumed_is_the_uninterrupted_run(
     assert any(leaf.any() for leaf in jax.tree.leaves(whole.opt_state) if leaf.ndim)
 
 
-def test_train_evaluate_export_report(config, scenes, tmp_path, teacher_dir, capsys):
+def test_train_evaluate_export_report(config, tmp_path, teacher_dir, monkeypatch):
     workdir, exported = tmp_path / "run", tmp_path / "exported"
     before = load_clip(teacher_dir)
+    config.train.panels, config.train.eval_every = 2, 3
+    drawn = []
+    monkeypatch.setattr(
+        training.Log, "pictured", lambda self, step, panel: drawn.append((step, panel))
+    )
     figures = training.train(config, workdir)
+    # Crop, what was seen, cosine, two kinds of features; at the start and with evaluations.
+    assert [(step, panel.shape) for step, panel in drawn] == [
+        (step, (5 * 68 - 4, 2 * 68 - 4, 3)) for step in (0, 3, 6)
+    ]
+    crops, later = [panel[: 2 * 68] for _, panel in drawn[:2]], drawn[2][1]
+    assert np.array_equal(*crops) and not np.array_equal(later, drawn[0][1])
     assert {"loss", "images_per_s", "zeroshot/top1"} <= figures.keys()
     export_run(workdir, "hf", exported)
     scores = evaluate(workdir, exported=str(exported), json_file=str(tmp_path / "scores.json"))

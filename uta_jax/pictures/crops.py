@@ -142,8 +142,7 @@ def pictured(run, count: int) -> Crops:
     Raises:
       UserError: its training images cannot be read.
     """
-    with configs.blame("config.data"):
-        image_bhwc = training_crops(run.config, run.task, count)
+    image_bhwc = training_crops(run.config, run.task, count)
     frozen = {"vision": run.teacher.params["vision"]} if run.teacher else {}
     found = look(
         run.student["vision"], frozen, jnp.asarray(image_bhwc), task=run.task,

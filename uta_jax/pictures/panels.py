@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 from jax.sharding import Mesh
 
-from uta_jax import config as configs
 from uta_jax import mesh as meshes
 from uta_jax.objectives import Task
 from uta_jax.pictures import colour, crops
@@ -22,8 +21,7 @@ def make_panel(config, task: Task, mesh: Mesh, frozen: dict) -> Callable[[dict],
     """
     if not config.train.panels:
         return None
-    with configs.blame("config.data"):
-        image_bhwc = crops.training_crops(config, task, config.train.panels)
+    image_bhwc = crops.training_crops(config, task, config.train.panels)
     placed = meshes.replicate(mesh, image_bhwc)
 
     def panel(vision: dict) -> np.ndarray:
