@@ -360,18 +360,36 @@ def _absent(present: dict, count: int) -> str:
 
 def _refuse(sockets: dict[int, socket.socket], reason: str) -> None:
     for sock in sockets.values():
-        with suppress(OSError):
+        with sock, suppress(OSError):
             _Wire(sock).send(refused=reason)
-            sock.close()
     raise UserError(reason)
 
 
 def _answer(me: Member, host: str, port: int, wait_s: float) -> tuple:
     deadline = time.monotonic() + wait_s
+    sock = _reach(me, host, port, wait_s, deadline)
+    try:
+        wire = _Wire(sock)
+        wire.send(**asdict(me))
+        sock.settimeout(max(deadline - time.monotonic(), 0) + 2 * _SEND_S)
+        answer = wire.first()
+    except (OSError, EOFError) as error:
+        sock.close()
+        raise UserError(
+            f"process {me.index} of {me.count}: process 0 at {host}:{port} ended at the roll call "
+            f"({type(error).__name__})"
+        ) from None
+    if "refused" in answer:
+        sock.close()
+        raise UserError(answer["refused"])
+    return [Member(**member) for member in answer["members"]], {0: sock}
+
+
+def _reach(me: Member, host: str, port: int, wait_s: float, deadline: float) -> socket.socket:
+    """Process 0, once it listens."""
     while True:
         try:
-            sock = socket.create_connection((host.strip("[]"), port), timeout=_SEND_S)
-            break
+            return socket.create_connection((host.strip("[]"), port), timeout=_SEND_S)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
@@ -380,16 +398,3 @@ def _answer(me: Member, host: str, port: int, wait_s: float) -> tuple:
                     "port be open to this host"
                 ) from None
             time.sleep(0.2)
-    wire = _Wire(sock)
-    try:
-        wire.send(**asdict(me))
-        sock.settimeout(max(deadline - time.monotonic(), 0) + 2 * _SEND_S)
-        answer = wire.first()
-    except (OSError, EOFError) as error:
-        raise UserError(
-            f"process {me.index} of {me.count}: process 0 at {host}:{port} ended at the roll call "
-            f"({type(error).__name__})"
-        ) from None
-    if "refused" in answer:
-        raise UserError(answer["refused"])
-    return [Member(**member) for member in answer["members"]], {0: sock}
