@@ -43,6 +43,9 @@ MODULES = (
     "train",
     "replay",
     "hlo",
+    "chips",
+    "flops",
+    "fitting",
     "plan",
     "report",
     "actions",
@@ -58,6 +61,7 @@ CONFIGURED = {
     "checkpoint",
     "train",
     "replay",
+    "fitting",
     "plan",
 }
 TORCH = {"torch", "torchvision", "transformers", "open_clip", "timm"}
