@@ -162,7 +162,7 @@ def compile_plan(recipe: Recipe, mesh: Mesh, topology: str, batch: int, price: f
     with jax.set_mesh(mesh):
         compiled = _compile(compile_step(recipe, mesh, arguments[1]).lower(*arguments))
     seconds = time.perf_counter() - start
-    program, memory = hlo.read(compiled.as_text()), compiled.memory_analysis()
+    program, memory = _program(compiled), compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak = max(getattr(memory, "peak_memory_in_bytes", 0), held)
     if chip and not chip.clock and peak > chip.memory:  # a TPU's compiler has refused by itself
@@ -188,6 +188,17 @@ def compile_plan(recipe: Recipe, mesh: Mesh, topology: str, batch: int, price: f
     )  # fmt: skip
 
 
+def _program(compiled) -> hlo.Program:
+    """What the program says of itself; nothing where this jaxlib cannot read it.
+
+    A libtpu other than the one that JAX was released with may write instructions that it refuses.
+    """
+    try:
+        return hlo.read(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        return hlo.Program(0, {})
+
+
 def _step_seconds(
     recipe: Recipe, chip: chips.Chip | None, cycles: int, per_chip: int, counted: float
 ) -> tuple[str, float]:
@@ -195,7 +206,7 @@ def _step_seconds(
     if chip is None:
         return "", 0.0
     if chip.clock:
-        return CYCLES, cycles / chip.clock
+        return CYCLES if cycles else "", cycles / chip.clock
     moved = flops.bytes_of_products(recipe, per_chip)
     return ROOFLINE, max(per_chip * counted / chip.flops, moved / chip.bandwidth)
 
@@ -272,7 +283,7 @@ def table(plans: list[Plan]) -> str:
         "collectives, GB per step": lambda p: ", ".join(
             f"{kind} {size / 1e9:.2f}" for kind, size in p.collectives.items()
         ),
-        "time of a step by": lambda p: p.estimate or "- (not known)",
+        "time of a step by": lambda p: p.estimate or "- (not told)",
         "  ms": lambda p: f"{1e3 * p.step_seconds:.1f}",
         "  at peak FLOP/s, ms": lambda p: f"{1e3 * p.peak_flops_seconds:.1f}",
         "  mfu": lambda p: f"{p.mfu:.2f}",
@@ -293,7 +304,7 @@ def table(plans: list[Plan]) -> str:
 _NOTES = {
     CYCLES: "By the TPU compiler's own estimate of cycles: a model, and not a stopwatch.",
     ROOFLINE: "Roofline: the longer of XLA's FLOPs (cost analysis) at the peak, and the bytes that "
-    "the matrix products move at full bandwidth, as if all else were fused; nothing is faster. "
+    "the matrix products move at full bandwidth, as if all else were fused. "
     "Communication is left out. Memory and collectives are those of XLA's CPU compiler.",
 }
 
