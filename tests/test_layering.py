@@ -39,6 +39,7 @@ MODULES = (
     "checkpoint",
     "evals",
     "embed",
+    "pictures",
     "runlog",
     "train",
     "replay",
@@ -47,6 +48,7 @@ MODULES = (
     "flops",
     "fitting",
     "plan",
+    "publish",
     "report",
     "actions",
     "commands",
@@ -63,6 +65,7 @@ CONFIGURED = {
     "replay",
     "fitting",
     "plan",
+    "report",
 }
 TORCH = {"torch", "torchvision", "transformers", "open_clip", "timm"}
 

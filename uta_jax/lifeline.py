@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import NoReturn
 
 from uta_jax import UserError
 
@@ -47,12 +48,8 @@ class _Wire:
     def __init__(self, sock: socket.socket):
         sock.settimeout(_SEND_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket, self.heard, self._rest, self._lock = (
-            sock,
-            time.monotonic(),
-            b"",
-            threading.Lock(),
-        )
+        self.socket, self.heard = sock, time.monotonic()
+        self._rest, self._lock = b"", threading.Lock()
 
     def send(self, **message) -> None:
         with self._lock:
@@ -94,12 +91,12 @@ class Lifeline:
         wires: dict[int, socket.socket],
         heartbeat_s: float,
         shutdown_s: float,
-        last_words: Callable[[str], None] | None = None,
+        last_words: Callable[[str, int], None] | None = None,
     ):
         self.members, self.index = members, index
         self._wires = {peer: _Wire(sock) for peer, sock in wires.items()}
         self._heartbeat_s, self._shutdown_s = heartbeat_s, shutdown_s
-        self._last_words = last_words or _end_process
+        self._last_words = last_words or end_process
         self._values: dict[int, tuple[str, object]] = {}  # process 0: what each has brought
         self._gathered: list | None = None
         self._arrived = threading.Condition()
@@ -138,20 +135,21 @@ class Lifeline:
             found, self._gathered = self._gathered, None
         return found
 
-    def fail(self, cause: str) -> None:
-        """Tell the others what ended this process; the caller ends it. Returns when they know."""
-        self._ending.acquire()  # never released: the thread that watches must not speak any more
-        self._tell(cause, self.index)
+    def fail(self, cause: str, code: int) -> None:
+        """Tell the others what ended this process, and the exit code for all; the caller ends it.
 
-    def _tell(self, cause: str, index: int) -> None:
+        Returns when they know.
+        """
+        self._ending.acquire()  # never released: the thread that watches must not speak any more
+        self._tell(cause, self.index, code)
+
+    def _tell(self, cause: str, index: int, code: int) -> None:
         for peer, wire in self._wires.items():
             if peer not in self._left:
                 with suppress(OSError):
-                    wire.send(fail=cause, process=index)
-        if not self.index:
-            time.sleep(
-                1
-            )  # with this process goes JAX's service, which ends the others less clearly
+                    wire.send(fail=cause, process=index, code=code)
+        if not self.index:  # with it goes JAX's service, which ends the others less clearly
+            time.sleep(1)
 
     def close(self) -> None:
         """Leave; for when all have come to the end."""
@@ -202,7 +200,7 @@ class Lifeline:
 
     def _take(self, peer: int, message: dict) -> None:
         if "fail" in message:
-            self._end(message["process"], message["fail"])
+            self._end(message["process"], message["fail"], message["code"])
         elif "bye" in message:
             self._left.add(peer)
         with self._arrived:
@@ -240,18 +238,22 @@ class Lifeline:
                     "numbers of steps",
                 )
 
-    def _end(self, index: int, cause: str) -> None:
+    def _end(self, index: int, cause: str, code: int = 1) -> None:
         """Say what happened to process ``index``, pass it on, and end this process."""
         if not self._ending.acquire(blocking=False):
             return
-        self._tell(cause, index)
-        self._last_words(f"{self.members[self.index]} ends with the run, because of:\n{cause}")
+        self._tell(cause, index, code)
+        words = f"\n{self.members[self.index]} ends with the run, because of:\n{cause}"
+        self._last_words(words, code)
 
 
-def _end_process(words: str) -> None:
-    print(f"\n{words}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
+def end_process(words: str, code: int) -> NoReturn:
+    """End this process at once, from whatever thread, with ``words`` as its last."""
+    try:
+        sys.stdout.flush()
+        print(words, file=sys.stderr, flush=True)
+    finally:  # whoever read what was printed may be gone
+        os._exit(code)
 
 
 # The roll call
@@ -358,18 +360,36 @@ def _absent(present: dict, count: int) -> str:
 
 def _refuse(sockets: dict[int, socket.socket], reason: str) -> None:
     for sock in sockets.values():
-        with suppress(OSError):
+        with sock, suppress(OSError):
             _Wire(sock).send(refused=reason)
-            sock.close()
     raise UserError(reason)
 
 
 def _answer(me: Member, host: str, port: int, wait_s: float) -> tuple:
     deadline = time.monotonic() + wait_s
+    sock = _reach(me, host, port, wait_s, deadline)
+    try:
+        wire = _Wire(sock)
+        wire.send(**asdict(me))
+        sock.settimeout(max(deadline - time.monotonic(), 0) + 2 * _SEND_S)
+        answer = wire.first()
+    except (OSError, EOFError) as error:
+        sock.close()
+        raise UserError(
+            f"process {me.index} of {me.count}: process 0 at {host}:{port} ended at the roll call "
+            f"({type(error).__name__})"
+        ) from None
+    if "refused" in answer:
+        sock.close()
+        raise UserError(answer["refused"])
+    return [Member(**member) for member in answer["members"]], {0: sock}
+
+
+def _reach(me: Member, host: str, port: int, wait_s: float, deadline: float) -> socket.socket:
+    """Process 0, once it listens."""
     while True:
         try:
-            sock = socket.create_connection((host.strip("[]"), port), timeout=_SEND_S)
-            break
+            return socket.create_connection((host.strip("[]"), port), timeout=_SEND_S)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
@@ -378,16 +398,3 @@ def _answer(me: Member, host: str, port: int, wait_s: float) -> tuple:
                     "port be open to this host"
                 ) from None
             time.sleep(0.2)
-    wire = _Wire(sock)
-    try:
-        wire.send(**asdict(me))
-        sock.settimeout(max(deadline - time.monotonic(), 0) + 2 * _SEND_S)
-        answer = wire.first()
-    except (OSError, EOFError) as error:
-        raise UserError(
-            f"process {me.index} of {me.count}: process 0 at {host}:{port} ended at the roll call "
-            f"({type(error).__name__})"
-        ) from None
-    if "refused" in answer:
-        raise UserError(answer["refused"])
-    return [Member(**member) for member in answer["members"]], {0: sock}

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from uta_jax import UserError
 
+BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -27,17 +29,16 @@ class Place:
 
 
 def _plain(env: Mapping[str, str]) -> Place | None:
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [name for name in names if env.get(name)]
+    given = [name for name in BY_HAND if env.get(name)]
     if not given:
         return None
-    if len(given) < len(names):
-        missing = ", ".join(name for name in names if name not in given)
-        raise UserError(f"{given[0]} is set, but not {missing}: set all of {', '.join(names)}")
+    if len(given) < len(BY_HAND):
+        missing = ", ".join(name for name in BY_HAND if name not in given)
+        raise UserError(f"{given[0]} is set, but not {missing}: set all of {', '.join(BY_HAND)}")
     local = env.get("JAX_LOCAL_DEVICE_IDS")
     devices = tuple(_whole("JAX_LOCAL_DEVICE_IDS", i) for i in local.split(",")) if local else None
-    count, index = _number(env, names[1]), _number(env, names[2])
-    return Place("coordinator", index, count, env[names[0]], devices)
+    count, index = _number(env, BY_HAND[1]), _number(env, BY_HAND[2])
+    return Place("coordinator", index, count, env[BY_HAND[0]], devices)
 
 
 def _slurm(env: Mapping[str, str]) -> Place | None:
@@ -49,7 +50,7 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     visible = [d for d in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
     tasks_here = env.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
     own = None
-    if int(tasks_here) > 1 and len(visible) == int(tasks_here):
+    if len(visible) == _whole("SLURM_STEP_TASKS_PER_NODE", tasks_here) > 1:
         own = (_number(env, "SLURM_LOCALID"),)
     return Place(
         "Slurm",
@@ -88,7 +89,7 @@ def _tpu_pod(env: Mapping[str, str]) -> Place | None:
     hosts = [worker.split(":")[-1] for worker in workers.split(",")]
     pairs = (line.partition(":")[::2] for line in _metadata("tpu-env").splitlines())
     slices = {key.strip(): value.strip(" '") for key, value in pairs}
-    return _slices("TPU pod", hosts, int(index), slices | dict(env))
+    return _slices("TPU pod", hosts, _whole("agent-worker-number", index), slices | dict(env))
 
 
 def _metadata(key: str) -> str:
@@ -114,7 +115,12 @@ def _slices(name: str, hosts: list[str], worker: int, env: Mapping[str, str]) ->
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
-    return _whole(name, env.get(name, ""))
+    if not env.get(name):
+        raise UserError(
+            f"{name} is not set, but others that come with it are: start every process by the "
+            f"launcher that sets them all, or by hand with {', '.join(BY_HAND)}"
+        )
+    return _whole(name, env[name])
 
 
 def _whole(name: str, value: str) -> int:
@@ -124,18 +130,26 @@ def _whole(name: str, value: str) -> int:
         raise UserError(f"{name}={value!r} must be a whole number") from None
 
 
-# The first that recognises its variables counts.
-ENVIRONMENTS: tuple[Callable[[Mapping[str, str]], Place | None], ...] = (
-    _plain,
-    _slurm,
-    _gke,
-    _tpu_pod,
+# The first that recognises its variables counts; what each takes number and count from.
+ENVIRONMENTS: tuple[tuple[Callable[[Mapping[str, str]], Place | None], str], ...] = (
+    (_plain, "JAX_PROCESS_ID, JAX_NUM_PROCESSES"),
+    (_slurm, "SLURM_PROCID, SLURM_STEP_NUM_TASKS or SLURM_NTASKS"),
+    (_gke, "TPU_WORKER_ID, TPU_WORKER_HOSTNAMES, MEGASCALE_SLICE_ID, MEGASCALE_NUM_SLICES"),
+    (_tpu_pod, "agent-worker-number, worker-network-endpoints, tpu-env of the metadata server"),
 )
 
 
 def find_place(env: Mapping[str, str] = os.environ) -> Place:
-    """Which process of how many this is, by ``ENVIRONMENTS``; else the only one."""
-    for recognise in ENVIRONMENTS:
-        if (place := recognise(env)) is not None and place.count > 1:
+    """Which process of how many this is, by ``ENVIRONMENTS``; else the only one.
+
+    Raises UserError for variables that say nothing sensible, or only a part.
+    """
+    for recognise, variables in ENVIRONMENTS:
+        if place := recognise(env):
+            if not 0 <= place.index < place.count:
+                raise UserError(
+                    f"{place.environment}: this would be process {place.index} of {place.count}, "
+                    f"whose numbers begin with 0: mend {variables}"
+                )
             return place
     return Place("one process")

@@ -11,7 +11,6 @@ import json
 import os
 import platform as machine
 import socket
-import sys
 import time
 import traceback
 from collections import Counter
@@ -26,11 +25,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from uta_jax import UserError, __version__
-from uta_jax.lifeline import END, LOOPBACK, Lifeline, Member, call_the_roll
+from uta_jax.lifeline import END, LOOPBACK, Lifeline, Member, call_the_roll, end_process
 from uta_jax.places import Place, find_place
 
 PLATFORMS = ("cpu", "gpu", "tpu", "")
-
+_ECHO_S = 2.0  # in which the line hears of another process's end, if an error comes of that
 
 _line: Lifeline | None = None  # of this process; JAX's runtime, too, is one a process
 
@@ -121,9 +120,13 @@ def _part() -> None:
 
 
 def _fail(error: BaseException) -> None:
-    """Print what happened here, tell the others, and end; the interpreter's own end would wait."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        time.sleep(2)  # most likely the echo of another process's end: let the line say so first
+    """Print what happened here, tell the others, and end; the interpreter's own end would wait.
+
+    Whatever it was may be the echo of another process's end, which reaches libraries of all kinds
+    first, and each has its own exception for it: the line gets the time to say so.
+    """
+    if _line:
+        time.sleep(_ECHO_S)
     code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
     if isinstance(error, UserError):
         code, words = getattr(error, "exit_code", 2), " ".join(str(error).split())
@@ -136,10 +139,8 @@ def end(words: str, code: int = 1) -> NoReturn:
     """End this process now, and with it the run: tell the others, and print ``words`` last."""
     name = f"{_line.members[_line.index]}: " if _line else ""
     if _line:
-        _line.fail(f"{name}{words[-20_000:]}")
-    sys.stdout.flush()
-    print(f"uta-jax: {name}{words}", file=sys.stderr, flush=True)
-    os._exit(code)
+        _line.fail(f"{name}{words[-20_000:]}", code)
+    end_process(f"uta-jax: {name}{words}", code)
 
 
 def settle(platform: str = "") -> None:

@@ -13,6 +13,7 @@ JAX is imported where it is used: the processes that decode need none.
 from __future__ import annotations
 
 import math
+import threading
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)  # a = -1/2, antialiased, as Pillow's
 WHOLE = ResizeOptions(BICUBIC)  # of all pixels of an image
+_thread = threading.local()
 
 
 def sample_crop(
@@ -131,13 +133,21 @@ def _resized(pixels: np.ndarray, box: tuple[float, float, float, float], size: i
     x, y = math.floor(box[0]), math.floor(box[1])
     window = pixels[y : math.ceil(box[3]), x : math.ceil(box[2])]
     source = ImageData(window.shape[1], window.shape[0], PixelType.U8x3, window.tobytes())
-    target = ImageData(size, size, PixelType.U8x3)
+    resizer, target = _resizing(size)
     crop = (box[0] - x, box[1] - y, box[2] - box[0], box[3] - box[1])
     options = WHOLE
     if crop != (0, 0, source.width, source.height):
         options = ResizeOptions(BICUBIC, crop_box=CropBox(*crop))
-    Resizer().resize(source, target, options)
+    resizer.resize(source, target, options)
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
+
+
+def _resizing(size: int) -> tuple[Resizer, ImageData]:
+    """This thread's resizer, which keeps its memory for the next image, and where it writes."""
+    if getattr(_thread, "size", None) != size:
+        _thread.resizer, _thread.size = Resizer(), size
+        _thread.target = ImageData(size, size, PixelType.U8x3)
+    return _thread.resizer, _thread.target
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
