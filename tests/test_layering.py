@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Modules and packages in order: each imports only what stands above it.
 MODULES = (
     "__init__",
+    "allocator",
     "lifeline",
     "places",
     "processes",
