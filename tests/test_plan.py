@@ -100,6 +100,23 @@ def test_memory_by_part_adds_up():
     assert set(found.collectives) >= {"all-gather"} and found.cycles == 0
 
 
+def test_bytes_of_products_count_a_loop_as_often_as_it_runs():
+    def product(x, w):
+        return jnp.tanh(x @ w), None
+
+    def towers(x, w):  # the same loop twice, and a branch that a device without it does without
+        x = jax.jit(lambda x: jax.lax.scan(product, x, w)[0])(x)
+        x = jax.lax.cond(x[0, 0] > 0, lambda x: x @ w[0], lambda x: x, x)
+        return jax.lax.scan(product, x, w)[0]
+
+    x = jax.ShapeDtypeStruct((8, 64), jnp.float32)
+    shapes = x, jax.ShapeDtypeStruct((5, 64, 64), jnp.bfloat16)
+    one = 4 * 8 * 64 + 2 * 64 * 64 + 4 * 8 * 64  # the product takes w as it is
+    assert flops.moved_by_products(jax.make_jaxpr(towers)(*shapes).jaxpr) == 2 * 5 * one
+    written_out = replace(recipe(), task=replace(recipe().task, unroll=True))
+    assert flops.bytes_of_products(recipe(), 8) == flops.bytes_of_products(written_out, 8) > 0
+
+
 def peak_bytes(recipe, frozen):
     """Of the compiled step on one device, by XLA's buffers."""
     arguments = plan.state_shapes(recipe), frozen, flops.batch_shapes(recipe.task, 8)
