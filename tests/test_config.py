@@ -97,7 +97,7 @@ def refuse(key, value):
     assign(c, key, value)
     with pytest.raises(UserError) as error:
         check(c)
-        make_mesh(c.mesh.data, c.mesh.fsdp)
+        make_mesh(**c.mesh)
     assert f"{key}={value}" in str(error.value) and "\n" not in str(error.value)
 
 

@@ -71,7 +71,7 @@ ENTRY %main (p: s32[]) -> s32[] {
 def test_flops_by_formula_are_those_of_xla():
     """Towers of one block, whose loop XLA counts rightly; the formula counts products alone."""
     small, batch = recipe(depth=1), 8
-    mesh = make_mesh(1, 1, jax.devices()[:1])
+    mesh = make_mesh(1, 1, devices=jax.devices()[:1])
     state = plan._placed(plan.state_shapes(small), plan.state_shardings(small, mesh))
     arguments = state, plan._frozen(small, mesh), plan._inputs(small, mesh, batch)
     step = jax.jit(lambda s, f, b: train_step(s, f, b, recipe=small))

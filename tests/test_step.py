@@ -31,7 +31,7 @@ def _batches(count=STEPS, batch=16):
 
 def _train(data: int, fsdp: int, steps: int = STEPS, recipe: Recipe = RECIPE):
     """(losses, state, frozen) of ``steps`` updates on the first data * fsdp devices."""
-    devices = mesh.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+    devices = mesh.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
     with jax.set_mesh(devices):
         teacher = mesh.fetch(init_vit(VISION, jax.random.key(9)))
         teacher = jax.tree.map(

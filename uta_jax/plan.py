@@ -107,7 +107,7 @@ def plan(
         with config.unlocked():
             config.data.batch_size = per_chip * len(devices) or config.data.batch_size
         recipe = configs.make_recipe(config, _teacher_spec(config), examples, len(devices))
-        mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+        mesh = meshes.make_mesh(**config.mesh, devices=devices)
         return compile_plan(recipe, mesh, topology, config.data.batch_size, price)
 
     plans, refused = [], []
