@@ -81,7 +81,8 @@ def sample(
         covered_bgg = rectangles(u_bu[:, :places], grid, area, mask.min_block)
         score_bn = _top_up(covered_bgg, u_bu[:, places:]).reshape(batch, tokens)
         score_bn = -score_bn if mask.kind == "block" else score_bn
-    _, keep_bk = jax.lax.top_k(score_bn, mask.keep)
+    # With top_k every device would gather the scores of the whole batch.
+    keep_bk = jnp.argsort(-score_bn, axis=-1)[:, : mask.keep]
     return jnp.sort(keep_bk.astype(jnp.int32), axis=-1)
 
 

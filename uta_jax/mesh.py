@@ -30,6 +30,7 @@ LAYOUT: tuple[tuple[str, P], ...] = (
     (r"blocks/mlp/(up|gate)/kernel$", P(None, "fsdp", "tensor")),  # [L, d, hidden]
     (r"blocks/mlp/(up|gate)/bias$", P(None, "tensor")),  # [L, hidden]
     (r"blocks/mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, hidden, d]
+    (r"blocks/(attn|mlp)/norm/(scale|bias)$", P(None, "tensor")),  # [L, heads x head_dim or hidden]
     (r"pool/attn/[qkv]/kernel$", P("fsdp", None, None)),  # [d, heads, head_dim]
     (r"pool/attn/proj/kernel$", P(None, None, "fsdp")),  # [heads, head_dim, d]
     (r"pool/mlp/up/kernel$", P("fsdp", None)),  # [d, hidden]
@@ -52,18 +53,19 @@ def make_mesh(
 
     One of the sizes may be -1: what the others leave. ``dcn_data`` is the part of ``data`` that
     goes over the slow network, between slices: their number, or that of the processes where each
-    shall count as one; 0: as many as the devices say they form. The other axes stay within one.
+    shall count as one; 0: as many as the devices say they form. The other axes stay within one; 1
+    lets them go over the slow network as well.
 
     Raises UserError where the sizes do not multiply to the number of devices, or an axis does not
     fit within a slice, or ``tensor`` within a process.
     """
     devices = jax.devices() if devices is None else devices
     shape, types = sizes(data, fsdp, tensor, len(devices)), (AxisType.Auto,) * len(AXES)
-    slices, by_process = _slices(dcn_data, devices)
-    if slices == 1:
+    slices, _ = _counts(devices)
+    if slices == 1 and dcn_data in (0, 1):
         mesh = jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     else:
-        mesh = Mesh(_hybrid(shape, slices, by_process, devices), AXES, axis_types=types)
+        mesh = Mesh(_hybrid(shape, dcn_data or slices, devices), AXES, axis_types=types)
     for row in mesh.devices.reshape(-1, shape[2]):
         if len({d.process_index for d in row}) > 1:  # their images would have to be alike
             raise UserError(
@@ -90,37 +92,39 @@ def sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, in
 
 def _own(devices: list) -> int:
     """How many of ``devices`` a process has."""
-    return len(devices) // len({d.process_index for d in devices})
+    return len(devices) // _counts(devices)[1]
 
 
-def _slices(wanted: int, devices: list) -> tuple[int, bool]:
-    """(how many parts a slow network joins, whether each is a process and not a slice)."""
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
-    processes = len({d.process_index for d in devices})
-    if wanted in (0, slices):
-        return slices, False
-    if wanted == processes:
-        return processes, True
-    raise UserError(
-        f"mesh.dcn_data={wanted}, but the devices form {slices} slices, of {processes} processes: "
-        "choose one of these numbers, or 0 for the number of slices"
-    )
+def _counts(devices: list) -> tuple[int, int]:
+    """How many slices (TPU) or hosts (GPU) the devices say they form, and how many processes."""
+    slices = {getattr(d, "slice_index", 0) for d in devices}
+    return len(slices), len({d.process_index for d in devices})
 
 
-def _hybrid(shape: tuple[int, ...], slices: int, by_process: bool, devices: list) -> np.ndarray:
-    """The devices in rows: slice after slice along the data axis."""
+def _hybrid(shape: tuple[int, ...], parts: int, devices: list) -> np.ndarray:
+    """The devices, one part of the slow network after the other along the data axis."""
+    slices, processes = _counts(devices)
+    if parts not in (1, slices, processes):
+        raise UserError(
+            f"mesh.dcn_data={parts}, but the devices form {slices} slices, of {processes} "
+            "processes: choose one of these numbers, 1, or 0 for that of the slices"
+        )
+    if parts == 1:
+        inner = sorted(devices, key=lambda d: (d.slice_index, d.process_index, d.id))
+        return np.array(inner, object).reshape(shape)
     data, *inner = shape
-    if data % slices:
-        kind, each = "processes" if by_process else "slices", len(devices) // slices
+    if data % parts:
+        kind, each = "slices" if parts == slices else "processes", len(devices) // parts
         raise UserError(
             f"mesh.fsdp={inner[0]} x mesh.tensor={inner[1]} does not fit within each of the "
-            f"{slices} {kind} of {each} devices: choose a product that divides {each}"
+            f"{parts} {kind} of {each} devices: choose a product that divides {each}, or "
+            "mesh.dcn_data=1 to gather parameters over the slow network"
         )
     return mesh_utils.create_hybrid_device_mesh(
-        (data // slices, *inner),
-        (slices, 1, 1),
+        (data // parts, *inner),
+        (parts, 1, 1),
         devices,
-        process_is_granule=by_process,
+        process_is_granule=parts != slices,
         allow_split_physical_axes=True,
     )
 
