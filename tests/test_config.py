@@ -97,7 +97,7 @@ def refuse(key, value):
     assign(c, key, value)
     with pytest.raises(UserError) as error:
         check(c)
-        make_mesh(c.mesh.data, c.mesh.fsdp)
+        make_mesh(**c.mesh)
     assert f"{key}={value}" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -203,6 +203,18 @@ def test_the_recipe_carries_every_optimizer_value():
         ({"data__batch_size": 1008}, "data.batch_size=1008 .* 1000 training examples"),
         ({"optim__warmup_steps": 100}, "optim.warmup_steps=100 .* the run has 100: lower it"),
         ({"optim__warmup_epochs": 2.0}, "optim.warmup_epochs=2.0 makes 125 steps"),
+        (
+            {"mesh__tensor": 8},
+            "mesh.tensor=8 .* 4 heads and 340 hidden .* student: .* divisor of 4",
+        ),
+        (
+            {"train__accumulate": 4},
+            "accumulate=4 .* 2 images that config.data.batch_size=16 .* multiple of 32",
+        ),
+        (
+            {"train__accumulate": 2, "objective": "contrastive", "student__preset": "tiny_clip"},
+            "accumulate=2 changes objective 'contrastive', .*: use 1",
+        ),
         ({"train__steps": 0, "train__epochs": 0.001}, "train.epochs=0.001 .* raise it"),
         ({"mask__ratio": 0.999}, "mask.ratio=0.999 keeps 0 of 64 patches: lower it"),
         ({"student__image_size": 60}, "student.image_size=60 .* choose 56 or 64"),

@@ -4,11 +4,12 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from uta_jax import masking
-from uta_jax.masking import KINDS, Mask, keep_count
+from uta_jax.masking import KINDS, WEIGHTED, Mask, keep_count
 
 draw = jax.jit(masking.sample, static_argnums=(1, 2, 3))
 
@@ -239,3 +240,16 @@ def test_the_loop_is_long_enough():
 )
 def test_keep_count(tokens, ratio, keep):
     assert keep_count(tokens, ratio) == keep
+
+
+@pytest.mark.parametrize("kind", KINDS + WEIGHTED)
+def test_parts_of_a_batch_are_masked_as_the_whole(kind):
+    """Part i of a batch has its examples i, i + parts, ..."""
+    key, parts, mask = jax.random.key(3), 4, Mask(kind, 8, 2)
+    weight_bn = jax.random.uniform(key, (16, 16)) if kind in WEIGHTED else None
+    whole_bk = masking.sample(key, 16, 4, mask, weight_bn)
+    for i in range(parts):
+        weight = None if weight_bn is None else weight_bn[i::parts]
+        share = masking.Share(key, jnp.int32(i), parts)
+        part_bk = masking.sample(share, 16 // parts, 4, mask, weight)
+        np.testing.assert_array_equal(part_bk, whole_bk[i::parts])

@@ -1,5 +1,7 @@
 """The layout table: it covers every model there is, and what it says really happens on devices."""
 
+from dataclasses import dataclass
+
 import jax
 import numpy as np
 import pytest
@@ -103,22 +105,87 @@ def test_first_match_wins():
 
 
 @pytest.mark.parametrize(
-    "data, size, shape", [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (2, -1, (2, 4)), (4, 2, (4, 2))]
+    "sizes, shape",
+    [
+        ((-1,), (8, 1, 1)),
+        ((-1, 4), (2, 4, 1)),
+        ((2, -1), (2, 4, 1)),
+        ((4, 2), (4, 2, 1)),
+        ((-1, 2, 2), (2, 2, 2)),
+        ((1, 2, -1), (1, 2, 4)),
+    ],
 )
-def test_mesh_sizes(data, size, shape):
-    grid = mesh.make_mesh(data, size)
-    assert tuple(grid.shape.values()) == shape and grid.axis_names == ("data", "fsdp")
+def test_mesh_sizes(sizes, shape):
+    grid = mesh.make_mesh(*sizes)
+    assert tuple(grid.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape, strict=True))
     assert sorted(d.id for d in grid.devices.flat) == list(range(8))
 
 
-@pytest.mark.parametrize("sizes", [(3, 1), (-1, -1), (-1, 3), (-1, 16), (0, 8), (-1, 0), (-2, -4)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(3, 1), (-1, -1), (-1, 3), (-1, 16), (0, 8), (-1, 0), (-2, -4), (-1, 1, 3), (8, 1, 0)],
+)
 def test_impossible_mesh_sizes(sizes):
-    with pytest.raises(UserError, match=rf"mesh\.data={sizes[0]} x mesh\.fsdp={sizes[1]} .* 8 dev"):
+    named = rf"mesh\.data={sizes[0]} x mesh\.fsdp={sizes[1]} x mesh\.tensor=.* 8 dev"
+    with pytest.raises(UserError, match=named):
         mesh.make_mesh(*sizes)
 
 
 def test_a_mesh_over_some_of_the_devices():
-    assert mesh.make_mesh(devices=jax.devices()[:2]).shape == {"data": 2, "fsdp": 1}
+    two = mesh.make_mesh(devices=jax.devices()[:2])
+    assert two.shape == {"data": 2, "fsdp": 1, "tensor": 1}
+
+
+@dataclass(frozen=True)
+class Far:
+    """A device of a slice, as TPUs and GPUs describe themselves."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "none"
+
+
+def far(slices: int, processes: int, each: int) -> list[Far]:
+    """So many slices of so many processes of so many devices, dealt out in no good order."""
+    count = slices * processes * each
+    own = [Far(i, i // each, i // (processes * each)) for i in range(count)]
+    return own[::2] + own[1::2]
+
+
+def test_only_the_data_axis_goes_over_the_slow_network():
+    grid = mesh.make_mesh(-1, 2, 2, devices=far(2, 2, 4)).devices
+    assert grid.shape == (4, 2, 2)
+    for i, inner in enumerate(grid):
+        assert {d.slice_index for d in inner.flat} == {i // 2}
+    assert {d.id for d in grid.flat} == set(range(16))
+    assert len({d.process_index for d in grid[0].flat}) == 1  # tensor and fsdp are nearest
+
+
+def test_processes_may_count_as_slices():
+    grid = mesh.make_mesh(4, 4, 1, dcn_data=4, devices=far(1, 4, 4)).devices
+    assert all({d.process_index for d in row.flat} == {i} for i, row in enumerate(grid))
+
+
+def test_parameters_may_be_sharded_over_the_slow_network():
+    grid = mesh.make_mesh(1, 16, dcn_data=1, devices=far(2, 2, 4)).devices
+    assert [d.id for d in grid.flat] == list(range(16))
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"dcn_data": 3}, "mesh.dcn_data=3, but the devices form 2 slices, of 4 processes"),
+        ({"dcn_data": -2}, "mesh.dcn_data=-2, but the devices form 2 slices"),
+        ({"fsdp": 16}, r"mesh.fsdp=16 x mesh.tensor=1 does not fit within .* 2 slices of 8 dev"),
+        ({"fsdp": 8, "dcn_data": 4}, "does not fit within each of the 4 processes of 4 devices"),
+        ({"tensor": 8}, "mesh.tensor=8 reaches over processes.* at most the 4 devices of one"),
+    ],
+)
+def test_what_does_not_fit_within_a_slice(keys, message):
+    with pytest.raises(UserError, match=message):
+        mesh.make_mesh(**keys, devices=far(2, 2, 4))
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
@@ -138,6 +205,17 @@ def test_gather_gives_every_device_the_whole():
     assert split.addressable_shards[0].data.shape == (1, 8)
     assert whole.sharding.is_fully_replicated
     np.testing.assert_array_equal(whole, kernel)
+
+
+def test_gather_leaves_a_block_split_over_tensor():
+    grid = mesh.make_mesh(2, 2, 2)
+    kernel = np.arange(8 * 2 * 3, dtype=np.float32).reshape(8, 2, 3)  # [d, heads, head_dim]
+    with jax.set_mesh(grid):
+        split = jax.device_put(kernel, jax.NamedSharding(grid, P("fsdp", "tensor", None)))
+        part = jax.jit(lambda x: mesh.gather(x, "blocks/attn/q/kernel"))(split)
+    assert split.addressable_shards[0].data.shape == (4, 1, 3)
+    assert {s.data.shape for s in part.addressable_shards} == {(8, 1, 3)}
+    np.testing.assert_array_equal(part, kernel)
 
 
 def test_gather_without_a_mesh_is_nothing():

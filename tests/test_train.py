@@ -30,7 +30,7 @@ def config(scenes, teacher_dir, monkeypatch):
     """
     make_mesh = training.meshes.make_mesh
     two = jax.devices()[:2]
-    monkeypatch.setattr(training.meshes, "make_mesh", lambda *_: make_mesh(1, 2, two))
+    monkeypatch.setattr(training.meshes, "make_mesh", lambda **_: make_mesh(1, 2, devices=two))
     c = default_config()
     c.student.preset, c.student.dtype = "tiny_clip", "float32"
     c.teacher.path, c.teacher.dtype = str(teacher_dir), "float32"
@@ -64,7 +64,7 @@ def _state(config, workdir):
     assert run.meta["step"] == STEPS
     checkpoints = Checkpoints(workdir)
     recipe = training.configs.make_recipe(config, run.teacher.spec, 256)
-    mesh = training.meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = training.meshes.make_mesh(**config.mesh)
     state, _ = checkpoints.restore(recipe, mesh)
     checkpoints.close()
     return training.meshes.fetch(state)

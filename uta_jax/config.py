@@ -14,13 +14,14 @@ import jax
 from ml_collections import ConfigDict
 
 from uta_jax import UserError, masking
+from uta_jax import mesh as meshes
 from uta_jax.data import sources
 from uta_jax.data.loader import Reading
 from uta_jax.eval_keys import EVAL_RULES, add_eval
 from uta_jax.models import presets
 from uta_jax.models.presets import ClipSpec
 from uta_jax.models.vit import REMAT
-from uta_jax.objectives import OBJECTIVES
+from uta_jax.objectives import OBJECTIVES, Task
 from uta_jax.optimizer import AdamW
 from uta_jax.processes import PLATFORMS
 from uta_jax.step import Recipe
@@ -93,6 +94,7 @@ def _add_run(c: ConfigDict) -> None:
     c.train = ConfigDict()
     c.train.steps = 0
     c.train.epochs = 0.0  # used where steps is 0
+    c.train.accumulate = 1  # parts of a batch, computed one after the other: less memory
     c.train.log_every = 10  # steps
     c.train.eval_every = 0  # steps; 0: at the end only
     c.train.save_every = 500  # steps; the last step is always saved
@@ -110,8 +112,10 @@ def _add_run(c: ConfigDict) -> None:
     add_eval(c)
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # -1: what mesh.fsdp leaves
-    c.mesh.fsdp = 1
+    c.mesh.data = -1  # copies of the parameters; -1: as many as the others leave devices for
+    c.mesh.fsdp = 1  # parts that parameters are kept in
+    c.mesh.tensor = 1  # parts that each layer is computed in: of its heads, of its hidden units
+    c.mesh.dcn_data = 0  # the part of mesh.data between slices; 0: as many as there are
 
     c.processes = ConfigDict()  # where there are several
     c.processes.start_s = 300.0  # seconds to wait for all of them at the start
@@ -191,6 +195,7 @@ _RULES = {
     "optim.ema_decay": _between(0, 1, "in [0, 1)"),
     "train.steps": _COUNT_OR_0,
     "train.epochs": _NOT_NEGATIVE,
+    "train.accumulate": _COUNT,
     "train.log_every": _COUNT,
     "train.eval_every": _COUNT_OR_0,
     "train.save_every": _COUNT,
@@ -263,9 +268,12 @@ def make_recipe(
     """
     check(config)
     devices = devices or jax.device_count()
-    _check_divides("data.batch_size", config.data.batch_size, devices)
+    m = config.mesh
+    data, fsdp, tensor = meshes.sizes(m.data, m.fsdp, m.tensor, devices)
+    _check_divides("data.batch_size", config.data.batch_size, data * fsdp, tensor)
+    _check_accumulates(config, data * fsdp)
     if config.eval.path:
-        _check_divides("eval.batch_size", config.eval.batch_size, devices)
+        _check_divides("eval.batch_size", config.eval.batch_size, data * fsdp, tensor)
     if config.data.batch_size > examples:
         raise UserError(
             f"config.data.batch_size={config.data.batch_size} is more than the {examples} training "
@@ -293,15 +301,47 @@ def make_recipe(
     optim = AdamW(
         o.lr, steps, warmup, o.start_lr, o.end_lr, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm
     )
-    return Recipe(make_task(config, teacher), optim, o.ema_decay, config.seed)
+    task = make_task(config, teacher)
+    _check_parts(tensor, task)
+    return Recipe(task, optim, o.ema_decay, config.seed, run.accumulate)
 
 
-def _check_divides(key: str, size: int, devices: int) -> None:
-    if size % devices:
+def _check_divides(key: str, size: int, parts: int, tensor: int) -> None:
+    """``parts`` of ``tensor`` devices each compute different images."""
+    if size % parts:
+        what = f"groups of mesh.tensor={tensor} devices" if tensor > 1 else "devices"
         raise UserError(
-            f"config.{key}={size} does not divide over the {devices} devices: "
-            f"choose a multiple of {devices}"
+            f"config.{key}={size} does not divide over the {parts} {what}: "
+            f"choose a multiple of {parts}"
         )
+
+
+def _check_accumulates(config: ConfigDict, devices: int) -> None:
+    """Each part of the batch must divide over what computes different images, as the whole does."""
+    parts, size = config.train.accumulate, config.data.batch_size
+    if parts > 1 and not OBJECTIVES[config.objective].by_example:
+        raise UserError(
+            f"config.train.accumulate={parts} changes objective {config.objective!r}, which "
+            "compares every image of a batch with every text: use 1"
+        )
+    if size % (parts * devices):
+        raise UserError(
+            f"config.train.accumulate={parts} does not divide the {size // devices} images that "
+            f"config.data.batch_size={size} leaves each device: choose a divisor, or a batch that "
+            f"is a multiple of {parts * devices}"
+        )
+
+
+def _check_parts(tensor: int, task: Task) -> None:
+    """Every tower's heads and hidden units must fall into ``tensor`` equal parts."""
+    teacher = task.teacher.vision if task.teacher else None
+    towers = {"student": task.student, "text tower": task.text, "teacher": teacher}
+    for name, tower in towers.items():
+        if tower and (most := math.gcd(tower.heads, tower.mlp_hidden)) % tensor:
+            raise UserError(
+                f"config.mesh.tensor={tensor} does not divide the {tower.heads} heads and "
+                f"{tower.mlp_hidden} hidden units of the {name}: choose a divisor of {most}"
+            )
 
 
 def _steps(epochs: float, config: ConfigDict, examples: int) -> int:

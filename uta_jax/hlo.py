@@ -58,6 +58,12 @@ def read(text: str) -> Program:
     return Program(cycles, {kind: size for kind, size in totals.items() if size})
 
 
+def results(text: str, kind: str) -> list[int]:
+    """Bytes of every result of every collective of one kind in ``compiled.as_text()``."""
+    found = (_COLLECTIVE.search(line) for line in text.splitlines())
+    return [size for each in found if each and each[2] == kind for size in _sizes(each[1])]
+
+
 def _parse(lines) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
     entry, here = "", _Computation()

@@ -15,7 +15,9 @@ one that would overshoot is refused.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,30 +40,49 @@ class Mask:
     min_block: int = 16  # smallest area, in patches, that a rectangle is drawn with
 
 
+class Share(NamedTuple):
+    """In the place of a key: every ``parts``-th row of what it draws for so many times the rows."""
+
+    key: Array
+    number: Array  # int32 scalar, in [0, parts): of the first row
+    parts: int
+
+
+def _drawn(draw: Callable, rng: Array | Share, rows: int, columns: int) -> Array:
+    """``draw`` (of ``jax.random``): fp32 [rows, columns]."""
+    if not isinstance(rng, Share):
+        return draw(rng, (rows, columns))
+    all_rpc = draw(rng.key, (rows * rng.parts, columns)).reshape(rows, rng.parts, columns)
+    return jax.lax.dynamic_index_in_dim(all_rpc, rng.number, axis=1, keepdims=False)
+
+
 def keep_count(tokens: int, ratio: float) -> int:
     """Patches kept of ``tokens`` when the share ``ratio`` is dropped."""
     return round(tokens * (1.0 - ratio))
 
 
-def sample(rng: Array, batch: int, grid: int, mask: Mask, weight_bn: Array | None = None) -> Array:
+def sample(
+    rng: Array | Share, batch: int, grid: int, mask: Mask, weight_bn: Array | None = None
+) -> Array:
     """Draw ``keep_bk``: int32 [b, mask.keep], sorted, distinct, within [0, grid * grid).
 
     ``weight_bn``: not negative; of the kinds in ``WEIGHTED`` alone.
     """
     tokens, places = grid * grid, 4 * _ROUNDS
     if mask.kind == "random":
-        score_bn = jax.random.uniform(rng, (batch, tokens))
+        score_bn = _drawn(jax.random.uniform, rng, batch, tokens)
     elif mask.kind == "attention":
         # The k highest of these are k draws without replacement (Kool et al. 2019, section 3).
-        score_bn = jnp.log(weight_bn) + jax.random.gumbel(rng, (batch, tokens))
+        score_bn = jnp.log(weight_bn) + _drawn(jax.random.gumbel, rng, batch, tokens)
     else:
         area = mask.keep if mask.kind == "reversed_block" else tokens - mask.keep
         # One draw for both purposes: every one adds to the time of compilation.
-        u_bu = jax.random.uniform(rng, (batch, places + tokens))
+        u_bu = _drawn(jax.random.uniform, rng, batch, places + tokens)
         covered_bgg = rectangles(u_bu[:, :places], grid, area, mask.min_block)
         score_bn = _top_up(covered_bgg, u_bu[:, places:]).reshape(batch, tokens)
         score_bn = -score_bn if mask.kind == "block" else score_bn
-    _, keep_bk = jax.lax.top_k(score_bn, mask.keep)
+    # With top_k every device would gather the scores of the whole batch.
+    keep_bk = jnp.argsort(-score_bn, axis=-1)[:, : mask.keep]
     return jnp.sort(keep_bk.astype(jnp.int32), axis=-1)
 
 

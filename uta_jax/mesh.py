@@ -1,30 +1,36 @@
 """The device mesh, and the one table that says how every array of a run is laid out on it.
 
-Axes: ``data`` replicates parameters, ``fsdp`` shards them; the batch is split over both. Axes are
-``Auto``: the compiler places every intermediate, which Explicit axes would leave to each matrix
-product.
+Axes: ``data`` replicates parameters, ``fsdp`` shards them and gathers each layer's where it is
+used, ``tensor`` computes each layer in parts: its attention heads and hidden units (Shoeybi et al.
+2019, Megatron-LM). The batch is split over the first two. Axes are ``Auto``: the compiler places
+every intermediate, which Explicit axes would leave to each matrix product.
 """
 
+import math
 import re
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from uta_jax import UserError
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
 
 # Path of a parameter -> its layout; the first match counts and every parameter must match. The same
-# rows lay out gradients, moments, EMA and the teacher, whose paths end alike. Only the width axis
-# is sharded: it divides by any sensible number of chips, which hidden sizes such as 2730 do not.
+# rows lay out gradients, moments, EMA and the teacher, whose paths end alike. fsdp shards the width
+# alone: it divides by any sensible number of chips, which hidden sizes such as 2730 do not.
 LAYOUT: tuple[tuple[str, P], ...] = (
-    (r"blocks/attn/[qkv]/kernel$", P(None, "fsdp", None, None)),  # [L, d, heads, head_dim]
-    (r"blocks/attn/proj/kernel$", P(None, None, None, "fsdp")),  # [L, heads, head_dim, d]
-    (r"blocks/mlp/(up|gate)/kernel$", P(None, "fsdp", None)),  # [L, d, hidden]
-    (r"blocks/mlp/down/kernel$", P(None, None, "fsdp")),  # [L, hidden, d]
+    (r"blocks/attn/[qkv]/kernel$", P(None, "fsdp", "tensor", None)),  # [L, d, heads, head_dim]
+    (r"blocks/attn/[qkv]/bias$", P(None, "tensor", None)),  # [L, heads, head_dim]
+    (r"blocks/attn/proj/kernel$", P(None, "tensor", None, "fsdp")),  # [L, heads, head_dim, d]
+    (r"blocks/mlp/(up|gate)/kernel$", P(None, "fsdp", "tensor")),  # [L, d, hidden]
+    (r"blocks/mlp/(up|gate)/bias$", P(None, "tensor")),  # [L, hidden]
+    (r"blocks/mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, hidden, d]
+    (r"blocks/(attn|mlp)/norm/(scale|bias)$", P(None, "tensor")),  # [L, heads x head_dim or hidden]
     (r"pool/attn/[qkv]/kernel$", P("fsdp", None, None)),  # [d, heads, head_dim]
     (r"pool/attn/proj/kernel$", P(None, None, "fsdp")),  # [heads, head_dim, d]
     (r"pool/mlp/up/kernel$", P("fsdp", None)),  # [d, hidden]
@@ -36,31 +42,99 @@ LAYOUT: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mesh:
-    """A ``data`` x ``fsdp`` mesh over ``devices`` (default: all); -1 takes what the other leaves.
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    dcn_data: int = 0,
+    devices: list | None = None,
+) -> Mesh:
+    """A ``data`` x ``fsdp`` x ``tensor`` mesh over ``devices`` (default: all).
 
-    Raises UserError where the product is not the number of devices.
+    One of the sizes may be -1: what the others leave. ``dcn_data`` is the part of ``data`` that
+    goes over the slow network, between slices: their number, or that of the processes where each
+    shall count as one; 0: as many as the devices say they form. The other axes stay within one; 1
+    lets them go over the slow network as well.
+
+    Raises UserError where the sizes do not multiply to the number of devices, or an axis does not
+    fit within a slice, or ``tensor`` within a process.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp]
-    if data == -1:
-        sizes[0] = len(devices) // max(fsdp, 1)
-    elif fsdp == -1:
-        sizes[1] = len(devices) // max(data, 1)
-    if min(sizes) < 1 or sizes[0] * sizes[1] != len(devices):
+    shape, types = sizes(data, fsdp, tensor, len(devices)), (AxisType.Auto,) * len(AXES)
+    slices, _ = _counts(devices)
+    if slices == 1 and dcn_data in (0, 1):
+        # An axis may take a part of a torus' side (fsdp 16 of 8 x 8 chips), as jax.make_mesh has it
+        # for v5e alone.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        mesh = Mesh(grid, AXES, axis_types=types)
+    else:
+        mesh = Mesh(_hybrid(shape, dcn_data or slices, devices), AXES, axis_types=types)
+    for row in mesh.devices.reshape(-1, shape[2]):
+        if len({d.process_index for d in row}) > 1:  # their images would have to be alike
+            raise UserError(
+                f"mesh.tensor={shape[2]} reaches over processes, which read images of their own: "
+                f"choose at most the {_own(devices)} devices of one"
+            )
+    return mesh
+
+
+def sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
+    """The axes of a mesh of so many devices, -1 filled in; UserError where they do not multiply."""
+    wanted = data, fsdp, tensor
+    rest = math.prod(size for size in wanted if size != -1)
+    fill = devices // max(rest, 1) if wanted.count(-1) == 1 else -1
+    shape = tuple(fill if size == -1 else size for size in wanted)
+    if min(shape) < 1 or math.prod(shape) != devices:
+        axes = " x ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, wanted, strict=True))
         raise UserError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} must multiply to the {len(devices)} devices "
-            "present (one of them may be -1: whatever the other leaves)"
+            f"{axes} must multiply to the {devices} devices present (one of them may be -1: "
+            "whatever the others leave)"
         )
-    # An axis may take a part of a torus' side (fsdp 16 of 8 x 8 chips), as jax.make_mesh has it for
-    # v5e alone.
-    grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
+    return shape
+
+
+def _own(devices: list) -> int:
+    """How many of ``devices`` a process has."""
+    return len(devices) // _counts(devices)[1]
+
+
+def _counts(devices: list) -> tuple[int, int]:
+    """How many slices (TPU) or hosts (GPU) the devices say they form, and how many processes."""
+    slices = {getattr(d, "slice_index", 0) for d in devices}
+    return len(slices), len({d.process_index for d in devices})
+
+
+def _hybrid(shape: tuple[int, ...], parts: int, devices: list) -> np.ndarray:
+    """The devices, one part of the slow network after the other along the data axis."""
+    slices, processes = _counts(devices)
+    if parts not in (1, slices, processes):
+        raise UserError(
+            f"mesh.dcn_data={parts}, but the devices form {slices} slices, of {processes} "
+            "processes: choose one of these numbers, 1, or 0 for that of the slices"
+        )
+    if parts == 1:
+        inner = sorted(devices, key=lambda d: (d.slice_index, d.process_index, d.id))
+        return np.array(inner, object).reshape(shape)
+    data, *inner = shape
+    if data % parts:
+        kind, each = "slices" if parts == slices else "processes", len(devices) // parts
+        raise UserError(
+            f"mesh.fsdp={inner[0]} x mesh.tensor={inner[1]} does not fit within each of the "
+            f"{parts} {kind} of {each} devices: choose a product that divides {each}, or "
+            "mesh.dcn_data=1 to gather parameters over the slow network"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // parts, *inner),
+        (parts, 1, 1),
+        devices,
+        process_is_granule=parts != slices,
+        allow_split_physical_axes=True,
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over every device."""
-    return NamedSharding(mesh, P(AXES))
+    """The leading axis split over all devices that compute different images."""
+    return NamedSharding(mesh, P(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -81,15 +155,28 @@ def first_match(table: tuple, name: str, purpose: str):
     raise UserError(f"no row of the {purpose} table covers parameter {name!r}: add one")
 
 
+def layout(tree):
+    """The tree of PartitionSpecs that ``LAYOUT`` gives a tree; UserError for a path it lacks."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: first_match(LAYOUT, path_name(path), "sharding"), tree
+    )
+
+
+def constrain(tree):
+    """Parameters or gradients within a compiled function, laid out by ``LAYOUT`` from here on."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, layout(tree))
+
+
 def shardings(mesh: Mesh, tree):
     """The tree of NamedShardings that ``LAYOUT`` gives a tree of arrays or ShapeDtypeStructs.
 
     Raises UserError for a parameter that no row covers or whose sharded axis does not divide.
     """
 
-    def one(path, leaf):
+    def one(path, leaf, spec):
         name = path_name(path)
-        spec = first_match(LAYOUT, name, "sharding")
         for axis, mesh_axis in enumerate(spec):
             if mesh_axis and leaf.shape[axis] % mesh.shape[mesh_axis]:
                 raise UserError(
@@ -98,7 +185,7 @@ def shardings(mesh: Mesh, tree):
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(one, tree, layout(tree))
 
 
 def place(mesh: Mesh, params):
@@ -119,8 +206,11 @@ def _put(x, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def gather(x: jax.Array) -> jax.Array:
-    """Ask for the whole of a sharded parameter, here, once.
+def gather(x: jax.Array, name: str = "") -> jax.Array:
+    """Ask for the whole of a sharded parameter, here, once; of a block's, a part over ``tensor``.
+
+    ``name``: its path, or "" where no axis but fsdp shards it. A layer's parameter has lost the
+    leading axis by which ``LAYOUT`` lays it out.
 
     Left alone, the partitioner may turn each product with a sharded kernel into a ring of partial
     products, which the TPU compiler's own model puts at 2.9 times the cycles of gathering first.
@@ -128,7 +218,10 @@ def gather(x: jax.Array) -> jax.Array:
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P())
+    spec = first_match(LAYOUT, name, "sharding")[-x.ndim :] if name else ()
+    return jax.lax.with_sharding_constraint(
+        x, P(*(None if axis == "fsdp" else axis for axis in spec))
+    )
 
 
 def fetch(tree):

@@ -72,6 +72,7 @@ class Objective:
     needs_text: bool
     joint_space: bool = True  # the student projects into the space of a text tower
     masks: tuple[str, ...] = masking.KINDS  # that it can use; (): it sees whole images
+    by_example: bool = True  # a mean over examples that know nothing of each other
     drops: bool = True  # masked patches are not run on (mim puts a token in their place)
     bound: Callable[[dict], dict] = lambda params: params  # applied to them after each update
 
@@ -106,7 +107,9 @@ def run_teacher(
     return jax.lax.stop_gradient(seen)
 
 
-def draw_mask(rng: Array, batch: int, task: Task, teacher: Seen | None = None) -> Array:
+def draw_mask(
+    rng: Array | masking.Share, batch: int, task: Task, teacher: Seen | None = None
+) -> Array:
     """``keep_bk`` of an update; ``teacher``: its pass, where ``by_attention(task)``."""
     weight_bn = teacher.cls_attention_bk[:, 1:] if by_attention(task) else None
     return masking.sample(rng, batch, task.student.grid, task.mask, weight_bn)
@@ -316,5 +319,7 @@ OBJECTIVES: dict[str, Objective] = {
         joint_space=False,
         masks=masking.KINDS + masking.WEIGHTED,
     ),
-    "contrastive": Objective(contrastive, _init_clip, False, True, masks=(), bound=_bound_scale),
+    "contrastive": Objective(
+        contrastive, _init_clip, False, True, masks=(), by_example=False, bound=_bound_scale
+    ),
 }

@@ -126,7 +126,7 @@ class _Setting:
             config.data.batch_size = per_chip * len(self.devices) or config.data.batch_size
         teacher = _teacher_spec(config)
         recipe = configs.make_recipe(config, teacher, self.examples, len(self.devices))
-        mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, self.devices)
+        mesh = meshes.make_mesh(**config.mesh, devices=self.devices)
         return recipe, mesh, config.data.batch_size
 
     def compiled(self, config: ConfigDict, per_chip: int) -> Plan:

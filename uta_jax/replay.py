@@ -35,7 +35,7 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, floa
     recipe = configs.make_recipe(config, spec, len(source))
     if not 1 <= step <= recipe.optim.total_steps:
         raise UserError(f"--replay={step}: the run has the steps 1 to {recipe.optim.total_steps}")
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = meshes.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), Checkpoints(workdir) as checkpoints:
         run = prepare(config, recipe, mesh, workdir, Signals(), Ledger())
         state = _state_before(run, checkpoints, step)

@@ -64,7 +64,7 @@ def _shrink_schedule(config: ConfigDict) -> None:
     run, optim = config.train, config.optim
     run.steps, run.epochs = min(run.steps or STEPS, STEPS), 0.0
     half = max(run.steps // 2, 1)
-    run.log_every = 1
+    run.log_every, run.accumulate = 1, min(run.accumulate, 2)
     run.save_every, run.keep_every = min(run.save_every, half), 0
     run.eval_every = min(run.eval_every, half)
     if optim.warmup_steps or optim.warmup_epochs:

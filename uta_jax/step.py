@@ -14,6 +14,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
+from uta_jax import masking
 from uta_jax import mesh as meshes
 from uta_jax.objectives import OBJECTIVES, Task
 from uta_jax.optimizer import AdamW, make_optimizer, schedule, update_ema
@@ -37,6 +38,7 @@ class Recipe:
     optim: AdamW
     ema_decay: float = 0.0  # 0: keep no average
     seed: int = 0
+    accumulate: int = 1  # parts of the batch that are computed one after the other
 
 
 def train_step(
@@ -54,9 +56,7 @@ def train_step(
     """
     rng = step_key(recipe.seed, state.step)
     objective = OBJECTIVES[recipe.task.objective]
-    (loss, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-        state.params, frozen, batch, rng, recipe.task
-    )
+    loss, metrics, grads = _gradient(state.params, frozen, batch, rng, recipe)
     updates, opt_state = make_optimizer(recipe.optim).update(grads, state.opt_state, state.params)
     params = objective.bound(optax.apply_updates(state.params, updates))
     ema = update_ema(state.ema, params, recipe.ema_decay) if recipe.ema_decay else state.ema
@@ -74,6 +74,34 @@ def train_step(
         "lr": schedule(recipe.optim)(state.step),
     }
     return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def _gradient(params: dict, frozen: dict, batch: dict, rng: Array, recipe: Recipe) -> tuple:
+    """(loss, metrics, gradient) of the batch, computed in ``recipe.accumulate`` parts.
+
+    Part i has the examples i, i + parts, ...: each device goes on with those it has. All parts are
+    of one size, masks keep the same number of patches of every image, and the masks are those of
+    the whole batch: the means of the parts' losses and gradients are those of the batch.
+    """
+    parts = recipe.accumulate
+    compute = jax.value_and_grad(OBJECTIVES[recipe.task.objective].loss, has_aux=True)
+    if parts == 1:
+        (loss, metrics), grads = compute(params, frozen, batch, rng, recipe.task)
+        return loss, metrics, grads
+
+    def add(total, part):
+        number, rows = part
+        share = masking.Share(rng, number, parts)
+        (loss, metrics), grads = compute(params, frozen, rows, share, recipe.task)
+        grads = meshes.constrain(jax.tree.map(jnp.add, total, grads))
+        return grads, metrics | {"loss": loss}
+
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    zeros = meshes.constrain(jax.tree.map(jnp.zeros_like, params))
+    total, metrics = jax.lax.scan(add, zeros, (jnp.arange(parts), split))
+    grads = jax.tree.map(lambda x: x / parts, total)
+    metrics = {name: x_p.mean() for name, x_p in metrics.items()}
+    return metrics.pop("loss"), metrics, grads
 
 
 def _choose(good: Array, new, old):

@@ -91,7 +91,7 @@ def _trained(config: ConfigDict, workdir, allow_data_change: bool, times: Ledger
     with configs.blame("config.teacher.path"):
         spec = read_spec(config.teacher.path) if has_teacher else None
     recipe = configs.make_recipe(config, spec, len(source))
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = meshes.make_mesh(**config.mesh)
     processes.say(processes.table(mesh))
     processes.agree("what to train", _facts(config, recipe, source))
     workdir = make_workdir(workdir)

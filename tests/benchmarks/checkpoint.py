@@ -31,7 +31,7 @@ def main():
 
     config = read_config(str(ROOT / "configs" / "demo.py"), [])
     recipe = configs.make_recipe(config, read_spec(config.teacher.path), 30_000)
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = meshes.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as base:
         frozen = meshes.place(mesh, {"vision": load_clip(config.teacher.path).params["vision"]})
         state = steps.init_state(recipe, mesh)

@@ -109,7 +109,7 @@ class Step:
             teacher = load_clip(config.teacher.path)
         recipe = configs.make_recipe(config, teacher.spec, len(configs.open_data(config.data)))
         self.recipe = replace(recipe, task=replace(recipe.task, unroll=unroll))
-        self.mesh = meshes.make_mesh(1, 1, jax.devices()[:1])
+        self.mesh = meshes.make_mesh(devices=jax.devices()[:1])
         size, self.batch = recipe.task.student.image_size, config.data.batch_size
         self.image_shape = (self.batch, size, size, 3)
         self.frozen = {"vision": cast(teacher.params["vision"], "float32")}

@@ -40,7 +40,7 @@ class Sharded:
 
     def __init__(self, recipe, frozen: dict, shape: tuple[int, int]):
         devices = jax.devices()[: shape[0] * shape[1]]
-        self.mesh = meshes.make_mesh(*shape, devices)
+        self.mesh = meshes.make_mesh(*shape, devices=devices)
         with jax.set_mesh(self.mesh):
             self.frozen, self.state = meshes.place(self.mesh, frozen), init_state(recipe, self.mesh)
             self._update = compile_step(recipe, self.mesh, self.frozen)

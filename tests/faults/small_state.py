@@ -22,7 +22,7 @@ DATA = {"examples_seen": 16, "fingerprint": "of nothing"}
 
 def on(data: int, fsdp: int) -> jax.sharding.Mesh:
     """A mesh of the first devices."""
-    return mesh.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+    return mesh.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
 
 
 def state_at(step: int, devices: jax.sharding.Mesh, recipe: Recipe = RECIPE):

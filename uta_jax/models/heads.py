@@ -1,6 +1,7 @@
 """What stands on top of a tower: the projection of tokens into the joint space, and decoders."""
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -10,14 +11,16 @@ from jax import Array
 from uta_jax import mesh
 
 
-def gathered(*arrays: Array | None, dtype=None) -> list[Array | None]:
+def gathered(*arrays: Array | None, dtype=None, name: str = "") -> list[Array | None]:
     """Promote (inputs, kernel, bias) to the compute dtype and gather the kernel's shards.
+
+    ``name``: of the kernel, as ``mesh.gather`` takes it.
 
     In this order: what crosses the wire is the cast copy. It stands in the place of Linen's own
     ``promote_dtype`` in every linear map.
     """
     inputs, kernel, bias = nn.dtypes.promote_dtype(*arrays, dtype=dtype)
-    return [inputs, mesh.gather(kernel), bias]
+    return [inputs, mesh.gather(kernel, name), bias]
 
 
 def flat_dot_general(lhs, rhs, dimension_numbers, **kwargs) -> Array:
@@ -35,19 +38,23 @@ def flat_dot_general(lhs, rhs, dimension_numbers, **kwargs) -> Array:
     return flat.reshape(*lead, *out)
 
 
-def dense(features, *, use_bias=True, axis=-1, gain=1.0, dtype=None, name=None) -> nn.DenseGeneral:
+def dense(
+    features, *, use_bias=True, axis=-1, gain=1.0, dtype=None, name=None, inside: tuple = ()
+) -> nn.DenseGeneral:
     """A linear map with xavier-normal kernel whose shards are gathered where it is used.
 
-    ``gain`` multiplies the standard deviation. EVA-02 draws its linear maps this way
-    (baaivision/EVA, EVA-02/asuka/modeling_pretrain.py).
+    ``inside``: path of the module that holds it, where the map is split over ``tensor``. ``gain``
+    multiplies the standard deviation. EVA-02 draws its linear maps this way (baaivision/EVA,
+    EVA-02/asuka/modeling_pretrain.py).
     """
+    kernel = "/".join((*inside, name, "kernel")) if inside else ""
     return nn.DenseGeneral(
         features,
         axis=axis,
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=nn.initializers.variance_scaling(gain**2, "fan_avg", "normal"),
-        promote_dtype=gathered,
+        promote_dtype=partial(gathered, name=kernel),
         dot_general=flat_dot_general,
         name=name,
     )

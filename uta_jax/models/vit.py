@@ -104,6 +104,7 @@ class Attention(nn.Module):
                 gain=self.gain if name == "v" else 1.0,
                 dtype=self.dtype,
                 name=name,
+                inside=self.path,
             )(inputs[name])
             for name in "qkv"
         )
@@ -114,7 +115,8 @@ class Attention(nn.Module):
         if self.spec.attn_norm:
             norm = layer_norm(self.spec.ln_eps, self.dtype, "norm")
             x_bnhd = norm(x_bnhd.reshape(*x_bnhd.shape[:2], width)).reshape(x_bnhd.shape)
-        return dense(width, axis=(-2, -1), gain=self.gain, dtype=self.dtype, name="proj")(x_bnhd)
+        proj = partial(dense, axis=(-2, -1), gain=self.gain, dtype=self.dtype, inside=self.path)
+        return proj(width, name="proj")(x_bnhd)
 
 
 def _first_token_attention(q_bnhd: Array, k_bnhd: Array) -> Array:
@@ -147,7 +149,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x_bnd: Array) -> Array:
-        linear = partial(dense, gain=self.gain, dtype=self.dtype)
+        linear = partial(dense, gain=self.gain, dtype=self.dtype, inside=self.path)
         hidden = linear(self.spec.mlp_hidden, name="up")(x_bnd)
         if self.spec.act == "swiglu":
             hidden = nn.silu(linear(self.spec.mlp_hidden, name="gate")(x_bnd)) * hidden
