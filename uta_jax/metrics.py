@@ -26,9 +26,7 @@ class Writer:
         new.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(new, path)
         self._file = path.open("a", buffering=1)
-        from tensorboardX import SummaryWriter  # here: it imports PyTorch where that is installed
-
-        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1)
+        self._board = _tensorboard(str(workdir), purge_step=start_step + 1)
 
     def write(self, step: int, values: dict[str, float | list[float] | str]) -> None:
         """Record ``values`` as of update ``step`` (1-based); all but numbers in the file alone."""
@@ -41,6 +39,21 @@ class Writer:
         """Flush and close both."""
         self._file.close()
         self._board.close()
+
+
+def _tensorboard(*args, **kwargs):
+    """A SummaryWriter of tensorboardX, kept from PyTorch.
+
+    It would import that wherever it is installed, for an annotation, at seconds a start.
+    """
+    hidden = {"torch": None} if "torch" not in sys.modules else {}
+    sys.modules.update(hidden)
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return SummaryWriter(*args, **kwargs)
 
 
 def read(path: Path) -> list[dict]:

@@ -16,8 +16,8 @@ run prints which; ``config.train.resume`` forbids one of them.
 """
 
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def _trained(config: ConfigDict, workdir, allow_data_change: bool, times: Ledger
     processes.agree("what to train", _facts(config, recipe, source))
     workdir = make_workdir(workdir)
     checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every)
-    with jax.set_mesh(mesh), Signals() as signals, _lock(workdir), checkpoints:
+    with jax.set_mesh(mesh), Signals() as signals, _alone(workdir, times), checkpoints:
         checkpoints.open(state_shapes(recipe))
         faults.reach("start")
         run = replace(
@@ -104,9 +104,14 @@ def _trained(config: ConfigDict, workdir, allow_data_change: bool, times: Ledger
         return _train(run, checkpoints, source)
 
 
-def _lock(workdir: Path):
-    """The first process holds it for all."""
-    return closing(Lock(workdir)) if is_first() else nullcontext()
+@contextmanager
+def _alone(workdir: Path, times: Ledger) -> Iterator[None]:
+    """The one run in ``workdir``; the first process holds the lock for all, and keeps the time."""
+    if not is_first():
+        yield
+        return
+    with closing(Lock(workdir)), times.kept(workdir / "seconds"):
+        yield
 
 
 def _facts(config: ConfigDict, recipe: Recipe, source) -> dict:
