@@ -20,16 +20,25 @@ from uta_jax.runlog import NotFinite
 STEPS = 6
 
 
-@pytest.fixture
-def config(scenes, teacher_dir, monkeypatch):
-    """The demo's recipe, shrunk: 6 steps of 16 images, saved after each, on two devices.
+@pytest.fixture(scope="module", autouse=True)
+def _two_devices():
+    """Eight devices, which share a few threads, have been seen to wait for each other for ever.
 
-    Eight devices, which share a few threads, have been seen to wait for each other for ever beside
-    the loader's threads; ``test_step.py`` is where eight are tried.
+    Beside the loader's threads, that is; ``test_step.py`` is where eight are tried.
     """
-    make_mesh = training.meshes.make_mesh
-    two = jax.devices()[:2]
-    monkeypatch.setattr(training.meshes, "make_mesh", lambda *_: make_mesh(1, 2, two))
+    make_mesh, two = training.meshes.make_mesh, jax.devices()[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.meshes, "make_mesh", lambda *_: make_mesh(1, 2, two))
+        yield
+
+
+@pytest.fixture
+def config(scenes, teacher_dir):
+    return _config(scenes, teacher_dir)
+
+
+def _config(scenes, teacher_dir):
+    """The demo's recipe, shrunk: 6 steps of 16 images, saved after each."""
     c = default_config()
     c.student.preset, c.student.dtype = "tiny_clip", "float32"
     c.teacher.path, c.teacher.dtype = str(teacher_dir), "float32"
@@ -38,6 +47,13 @@ def config(scenes, teacher_dir, monkeypatch):
     c.optim.ema_decay = 0.9
     c.train.steps, c.train.log_every, c.train.save_every, c.train.keep = STEPS, 1, 1, 10
     return c
+
+
+@pytest.fixture(scope="module")
+def whole(scenes, teacher_dir, tmp_path_factory):
+    """(workdir, figures) of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    return workdir, training.train(_config(scenes, teacher_dir), workdir)
 
 
 class _Interrupted(Exception):
@@ -78,30 +94,31 @@ def _rows(workdir):
     ]
 
 
-def test_interrupted_anywhere_and_resumed_is_the_uninterrupted_run(
-    config, tmp_path, monkeypatch, capsys
+def test_interrupted_again_and_again_is_the_uninterrupted_run(
+    config, whole, tmp_path, monkeypatch, capsys
 ):
-    training.train(config, tmp_path / "whole")
-    whole = _state(config, tmp_path / "whole")
+    workdir, before = tmp_path / "run", 0
     for stop in (1, 3, 5):
-        workdir = tmp_path / f"stopped{stop}"
         with monkeypatch.context() as patch:
             _interrupt_after(patch, stop)
             with pytest.raises(_Interrupted):
                 training.train(config, workdir)
-        capsys.readouterr()
-        training.train(config, workdir)
-        assert f"RESUMED at step {stop}" in capsys.readouterr().out
-        jax.tree.map(np.testing.assert_array_equal, _state(config, workdir), whole)
-        assert _rows(workdir) == _rows(tmp_path / "whole")
+        out = capsys.readouterr().out
+        assert (f"RESUMED at step {before}" if before else "FRESH START") in out
+        before = stop
+    training.train(config, workdir)
+    assert f"RESUMED at step {before}" in capsys.readouterr().out
+    state = _state(config, whole[0])
+    jax.tree.map(np.testing.assert_array_equal, _state(config, workdir), state)
+    assert _rows(workdir) == _rows(whole[0])
     # A cold start with the same parameters would not do: its moments are zero.
-    assert any(leaf.any() for leaf in jax.tree.leaves(whole.opt_state) if leaf.ndim)
+    assert any(leaf.any() for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
 
 
-def test_train_evaluate_export_report(config, scenes, tmp_path, teacher_dir, capsys):
-    workdir, exported = tmp_path / "run", tmp_path / "exported"
+def test_train_evaluate_export_report(whole, tmp_path, teacher_dir):
+    workdir, figures = whole
+    exported = tmp_path / "exported"
     before = load_clip(teacher_dir)
-    figures = training.train(config, workdir)
     assert {"loss", "images_per_s", "zeroshot/top1"} <= figures.keys()
     export_run(workdir, "hf", exported)
     scores = evaluate(workdir, exported=str(exported), json_file=str(tmp_path / "scores.json"))

@@ -15,6 +15,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+class _Once(argparse.Action):
+    """An option with a value; given twice, the second would replace the first without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest, self.default) != self.default:
+            parser.error(f"{option_string} is given twice, the second time as {values!r}: give one")
+        setattr(namespace, self.dest, values)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="uta-jax",
@@ -39,7 +48,8 @@ def _add_commands(parser, commands: dict[str, Command], dest: str, metavar: str)
             allow_abbrev=False,
         )
         for argument, options in command.arguments:
-            sub.add_argument(argument, **options)
+            once = argument.startswith("-") and not options.keys() & {"action", "nargs"}
+            sub.add_argument(argument, **({"action": _Once} if once else {}), **options)
         if name in ACTIONS:
             _add_commands(sub, ACTIONS[name], "action", "ACTION")
 

@@ -121,7 +121,9 @@ def _facts(config: ConfigDict, recipe: Recipe, source) -> dict:
 
 
 def make_workdir(workdir: str | Path) -> Path:
-    """Create ``workdir`` if need be; UserError if something else stands there."""
+    """Create ``workdir`` if need be; UserError if it has no name or something else stands there."""
+    if not str(workdir):
+        raise UserError("--workdir= is empty: name a directory")
     workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

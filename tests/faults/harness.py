@@ -234,7 +234,9 @@ class Processes:
             for n in range(len(envs))
         ]
         self._all = [
-            subprocess.Popen(command, env=env, stdout=out, stderr=err, cwd=HERE.parents[1])
+            subprocess.Popen(  # each with a group of its own, for signals to a group
+                command, env=env, stdout=out, stderr=err, cwd=HERE.parents[1], process_group=0
+            )
             for env, (out, err) in zip(envs, self._files, strict=True)
         ]
 

@@ -1,7 +1,7 @@
 """A run that is killed or told to stop, again and again, ends as if nothing had befallen it.
 
-Rows of the list of faults: 51, 52, 70-72, and `resume` of 82. `make faults` kills more often, and
-runs of two processes, too.
+Rows of the list of faults: 47, 51, 52, 70-72, and `resume` of 82. `make faults` kills more often,
+and runs of two processes, too.
 """
 
 import re
@@ -21,7 +21,7 @@ FAULTS = (
     "compile:term",  # it is known one update late, and so at step 2
     "step:int:2",  # at step 4, so that 5 is the last
     "eval:term",  # after step 6
-    "save.commit:term",  # in the background, whenever that is
+    "save.commit:group",  # in the background, whenever that is; to the data worker as well
     "delete.half:kill",  # of step 9, when step 12 is saved
 )
 
@@ -80,15 +80,16 @@ def test_51_52_a_killed_life_leaves_only_what_verifies(lives, fault):
 
 @pytest.mark.parametrize(
     "fault, step",
-    [("compile:term", 2), ("step:int:2", 5), ("eval:term", 6), ("save.commit:term", None)],
+    [("compile:term", 2), ("step:int:2", 5), ("eval:term", 6), ("save.commit:group", None)],
 )
-def test_70_72_a_signal_anywhere_saves_once(lives, fault, step):
+def test_47_70_72_a_signal_anywhere_saves_once(lives, fault, step):
     life, action = lives[fault], fault.split(":")[1]
     assert f"UTA_FAULT: {action} at" in life.error  # it did happen
+    name = "SIGINT" if action == "int" else "SIGTERM"
     assert life.code == 75, life
     saved = max(life.saved)
     last = life.error.strip().splitlines()[-1]
-    words = rf"stopped by SIG{action.upper()} after saving step {saved}, \d+\.\d s after"
+    words = rf"stopped by {name} after saving step {saved}, \d+\.\d s after"
     assert re.search(words, last)
     assert step is None or step == saved
     assert not life.wrong
