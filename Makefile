@@ -1,7 +1,7 @@
 # Two commands need nothing but git, make and python3 (3.11 or newer, with venv):
 #   make demo   trains a student on drawings, evaluates and exports it, in about ten minutes
 #   make test   runs the whole test suite
-# And make faults kills training runs at 50 places and checks what they come back to (QUICK=1: at 10).
+# And make faults kills training runs 56 times and checks what they come back to (QUICK=1: 10).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

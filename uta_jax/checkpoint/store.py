@@ -178,6 +178,7 @@ class Checkpoints:
         return saved[item], meta
 
     def _read(self, targets: dict, step: int | None) -> tuple[dict, dict]:
+        self.wait()  # orbax is with the thread that saves
         step = self.latest() if step is None else step
         if step is None:
             raise UserError(f"no checkpoint in {self.directory}: train first")
