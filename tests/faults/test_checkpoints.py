@@ -28,13 +28,19 @@ HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "golden"
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A workdir with the checkpoints 1, 2 and 3."""
-    with Checkpoints(tmp_path / "run", keep=10) as checkpoints:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("saved") / "run"
+    with Checkpoints(workdir, keep=10) as checkpoints:
         checkpoints.open(state_at(0, on(1, 1)))
         save(checkpoints, 1, 2, 3)
-    return tmp_path / "run"
+    return workdir
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    """A workdir with the checkpoints 1, 2 and 3."""
+    return shutil.copytree(saved, tmp_path / "run")
 
 
 def assert_equal(one, other):
