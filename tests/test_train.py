@@ -14,31 +14,23 @@ from uta_jax.checkpoint import Checkpoints, load_params, load_run
 from uta_jax.config import default_config
 from uta_jax.evals import evaluate
 from uta_jax.interop.teacher import load_clip
-from uta_jax.report import export_run, report
+from uta_jax.publish import export_run
+from uta_jax.report import report
 from uta_jax.runlog import NotFinite
 
 STEPS = 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _two_devices():
-    """Eight devices, which share a few threads, have been seen to wait for each other for ever.
-
-    Beside the loader's threads, that is; ``test_step.py`` is where eight are tried.
-    """
-    make_mesh, two = training.meshes.make_mesh, jax.devices()[:2]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.meshes, "make_mesh", lambda *_: make_mesh(1, 2, two))
-        yield
-
-
 @pytest.fixture
-def config(scenes, teacher_dir):
-    return _config(scenes, teacher_dir)
+def config(scenes, teacher_dir, monkeypatch):
+    """The demo's recipe, shrunk: 6 steps of 16 images, saved after each, on two devices.
 
-
-def _config(scenes, teacher_dir):
-    """The demo's recipe, shrunk: 6 steps of 16 images, saved after each."""
+    Eight devices, which share a few threads, have been seen to wait for each other for ever beside
+    the loader's threads; ``test_step.py`` is where eight are tried.
+    """
+    make_mesh = training.meshes.make_mesh
+    two = jax.devices()[:2]
+    monkeypatch.setattr(training.meshes, "make_mesh", lambda *_: make_mesh(1, 2, two))
     c = default_config()
     c.student.preset, c.student.dtype = "tiny_clip", "float32"
     c.teacher.path, c.teacher.dtype = str(teacher_dir), "float32"
@@ -47,13 +39,6 @@ def _config(scenes, teacher_dir):
     c.optim.ema_decay = 0.9
     c.train.steps, c.train.log_every, c.train.save_every, c.train.keep = STEPS, 1, 1, 10
     return c
-
-
-@pytest.fixture(scope="module")
-def whole(scenes, teacher_dir, tmp_path_factory):
-    """(workdir, figures) of a run that nothing interrupted."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    return workdir, training.train(_config(scenes, teacher_dir), workdir)
 
 
 class _Interrupted(Exception):
@@ -95,8 +80,10 @@ def _rows(workdir):
 
 
 def test_interrupted_again_and_again_is_the_uninterrupted_run(
-    config, whole, tmp_path, monkeypatch, capsys
+    config, tmp_path, monkeypatch, capsys
 ):
+    training.train(config, tmp_path / "whole")
+    capsys.readouterr()
     workdir, before = tmp_path / "run", 0
     for stop in (1, 3, 5):
         with monkeypatch.context() as patch:
@@ -108,17 +95,28 @@ def test_interrupted_again_and_again_is_the_uninterrupted_run(
         before = stop
     training.train(config, workdir)
     assert f"RESUMED at step {before}" in capsys.readouterr().out
-    state = _state(config, whole[0])
+    state = _state(config, tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, _state(config, workdir), state)
-    assert _rows(workdir) == _rows(whole[0])
+    assert _rows(workdir) == _rows(tmp_path / "whole")
     # A cold start with the same parameters would not do: its moments are zero.
     assert any(leaf.any() for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
 
 
-def test_train_evaluate_export_report(whole, tmp_path, teacher_dir):
-    workdir, figures = whole
-    exported = tmp_path / "exported"
+def test_train_evaluate_export_report(config, tmp_path, teacher_dir, monkeypatch):
+    workdir, exported = tmp_path / "run", tmp_path / "exported"
     before = load_clip(teacher_dir)
+    config.train.panels, config.train.eval_every = 2, 3
+    drawn = []
+    monkeypatch.setattr(
+        training.Log, "pictured", lambda self, step, panel: drawn.append((step, panel))
+    )
+    figures = training.train(config, workdir)
+    # Crop, what was seen, cosine, two kinds of features; at the start and with evaluations.
+    assert [(step, panel.shape) for step, panel in drawn] == [
+        (step, (5 * 68 - 4, 2 * 68 - 4, 3)) for step in (0, 3, 6)
+    ]
+    crops, later = [panel[: 2 * 68] for _, panel in drawn[:2]], drawn[2][1]
+    assert np.array_equal(*crops) and not np.array_equal(later, drawn[0][1])
     assert {"loss", "images_per_s", "zeroshot/top1"} <= figures.keys()
     export_run(workdir, "hf", exported)
     scores = evaluate(workdir, exported=str(exported), json_file=str(tmp_path / "scores.json"))
@@ -126,12 +124,11 @@ def test_train_evaluate_export_report(whole, tmp_path, teacher_dir):
     scores = scores["zeroshot"]
     assert scores["student"]["n"] == 128
     assert abs(scores["student"]["top1"] - scores["exported"]["top1"]) <= 1 / 128
-    summary = report(workdir)
+    summary = report([workdir], json_file=workdir / "summary.json")
     assert json.loads((workdir / "summary.json").read_text()) == summary
-    assert summary["exported_top1"] == scores["exported"]["top1"]
-    assert summary["train_seconds"] > 0 and summary["chance"] == 1 / 128
-    for picture in ("samples.png", "curves.png"):
-        assert (workdir / picture).stat().st_size > 10_000
+    assert summary["run"]["zeroshot exported"] == scores["exported"]["top1"]
+    assert summary["run"]["train_seconds"] > 0 and summary["run"]["zeroshot chance"] == 1 / 128
+    assert (workdir / "report.html").read_text().count("<img") > 100
     # The exported text tower and scale are the teacher's own, bit for bit.
     after = load_clip(exported)
     jax.tree.map(np.testing.assert_array_equal, after.params["text"], before.params["text"])
