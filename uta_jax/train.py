@@ -17,7 +17,7 @@ run prints which; ``config.train.resume`` forbids one of them.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,10 +109,10 @@ def _trained(config: ConfigDict, workdir, allow_data_change: bool, times: Ledger
 @contextmanager
 def _alone(workdir: Path, times: Ledger) -> Iterator[None]:
     """The one run in ``workdir``; the first process holds the lock for all, and keeps the time."""
-    if not is_first():
-        yield
-        return
-    with closing(Lock(workdir)), times.kept(workdir / "seconds"):
+    with ExitStack() as stack:
+        if is_first():
+            stack.enter_context(closing(Lock(workdir)))
+            stack.enter_context(times.kept(workdir / "seconds"))
         yield
 
 
