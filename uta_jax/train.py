@@ -191,9 +191,8 @@ def make_evaluator(config: ConfigDict, recipe: Recipe, mesh, teacher: dict, watc
 
 
 def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
-    loader = make_loader(
-        run, source, run.workdir / "bad_examples.jsonl"
-    )  # checks the data, reads none yet
+    bad_file = run.workdir / "bad_examples.jsonl"
+    loader = make_loader(run, source, bad_file)  # checks the data, reads none yet
     plan = Plan(
         run.recipe.optim.total_steps, run.config.train.log_every, run.config.data.batch_size,
         run.config.train.max_bad_steps, run.config.train.wandb,
