@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,6 +268,21 @@ def test_old_checkpoints_go_only_after_a_new_one_is_acknowledged(tmp_path, monke
         )
         save(checkpoints, 2, 3, 4, 5)
         assert seen[0] == ["1", "2"] and names(tmp_path) == ["2", "4", "5"]
+
+
+def test_a_save_under_way_is_of_the_state_as_it_was(run, monkeypatch):
+    """The update after it writes into the state's memory before anything was written to the disk."""
+    write, go_on = Checkpoints._write, threading.Event()
+    monkeypatch.setattr(Checkpoints, "_write", lambda *args: go_on.wait() and write(*args))
+    with Checkpoints(run) as checkpoints:
+        state = state_at(4, on(1, 2))
+        expected = jax.tree.map(np.array, mesh.fetch(state))
+        checkpoints.save(state, DATA, {"teacher": {"sha256": "00"}})
+        assert not (run / "checkpoints" / "4").exists()
+        jax.tree.map(lambda leaf: leaf.delete(), state)
+        go_on.set()
+        checkpoints.wait()
+        assert_equal(mesh.fetch(checkpoints.restore(RECIPE, on(1, 1), 4)[0]), expected)
 
 
 # Two runs
