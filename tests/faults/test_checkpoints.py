@@ -271,7 +271,6 @@ def test_old_checkpoints_go_only_after_a_new_one_is_acknowledged(tmp_path, monke
 
 
 def test_a_save_under_way_is_of_the_state_as_it_was(run, monkeypatch):
-    """The update after it writes into the state's memory before anything was written to the disk."""
     write, go_on = Checkpoints._write, threading.Event()
     monkeypatch.setattr(Checkpoints, "_write", lambda *args: go_on.wait() and write(*args))
     with Checkpoints(run) as checkpoints:
@@ -279,9 +278,8 @@ def test_a_save_under_way_is_of_the_state_as_it_was(run, monkeypatch):
         expected = jax.tree.map(np.array, mesh.fetch(state))
         checkpoints.save(state, DATA, {"teacher": {"sha256": "00"}})
         assert not (run / "checkpoints" / "4").exists()
-        jax.tree.map(lambda leaf: leaf.delete(), state)
-        go_on.set()
-        checkpoints.wait()
+        jax.tree.map(lambda leaf: leaf.delete(), state)  # as the next update does
+        go_on.set()  # and reading waits for it
         assert_equal(mesh.fetch(checkpoints.restore(RECIPE, on(1, 1), 4)[0]), expected)
 
 
