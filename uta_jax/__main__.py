@@ -1,6 +1,8 @@
 """The command line, ``uta-jax COMMAND``: parses, calls one function, reports mistakes in a line."""
 
 import argparse
+import atexit
+import gc
 import sys
 
 from uta_jax import UserError, __version__, quiet_tpu_library
@@ -69,6 +71,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"uta-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
 
+
+# At its end the interpreter looks for cycles in all that JAX has traced: a second, for nothing.
+atexit.register(gc.freeze)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -281,7 +281,7 @@ class Processes:
                 process.wait(timeout=240)
         finally:
             self.kill(range(len(self._all)))
-        self.seconds = time.monotonic() - self.began
+        self.seconds, self.ended = time.monotonic() - self.began, time.time()
         error = "".join(self.text(n, 1) for n in range(len(self._all)))
         out = self.text(0, 0)
         for file in (file for pair in self._files for file in pair):
