@@ -2,7 +2,7 @@
 #   make demo   trains a student on drawings, evaluates and exports it, in about ten minutes
 #   make test   runs the whole test suite
 # make bench-laptop compares UTA with other methods, for hours (QUICK=1: minutes; TABLE=1: what is there).
-# And make faults kills training runs at 50 places and checks what they come back to (QUICK=1: at 10).
+# And make faults kills training runs 56 times and checks what they come back to (QUICK=1: 10 times).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

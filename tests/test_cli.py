@@ -70,7 +70,7 @@ def saved_run(tmp_path_factory, teacher_dir):
     workdir = tmp_path_factory.mktemp("runs") / "saved"
     workdir.mkdir()
     shapes = state_shapes(make_recipe(c, CLIP["tiny_clip"], 256))
-    state = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    state = jax.tree.map(lambda leaf: jax.numpy.ones(leaf.shape, leaf.dtype), shapes)
     checkpoints = Checkpoints(workdir)
     checkpoints.open(state)
     checkpoints.save(state.replace(step=np.int32(5)), {}, {"teacher": {}})
@@ -81,8 +81,8 @@ def saved_run(tmp_path_factory, teacher_dir):
 
 
 def contents(folder):
-    """Of every file but the lock, which names whoever came last."""
-    files = (p for p in folder.rglob("*") if p.is_file() and p.name != "lock")
+    """Of every file but those that tell who came last, and how long all have lived."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name not in ("lock", "seconds"))
     return {p.relative_to(folder): p.read_bytes() for p in files}
 
 
@@ -153,6 +153,9 @@ MISTAKES = {
         ["--config.objective=contrastive"],
         ["student.preset=uta_tiny has no text tower", "tiny_clip"],
     ),
+    "1e5": (["--config.train.steps=1e5"], ["train.steps=1e5", "int()"]),
+    "platform": (["--config.platform=tpu"], ["config.platform=tpu: not what JAX finds"]),
+    "two recipes": (["--config=x.py"], ["--config is given twice, the second time as 'x.py'"]),
     "unknown flag": (["--lr=1"], ["--lr=1", "--config.KEY=VALUE"]),
     "stray word": (["fast"], ["'fast'", "--config.KEY=VALUE"]),
 }
@@ -274,6 +277,11 @@ def test_a_truncated_checkpoint_in_the_workdir(recipe_file, saved_run, tmp_path,
     for path, data in before.items():
         moved = aside / path.relative_to("checkpoints/5") if "5" in path.parts else path
         assert now[moved] == data
+
+
+def test_a_workdir_without_a_name(recipe_file, capsys):
+    argv = ["train", f"--config={recipe_file}", "--workdir="]
+    refuse(capsys, argv, "--workdir= is empty: name a directory")
 
 
 @pytest.mark.parametrize("below", ["", "run"])

@@ -200,11 +200,13 @@ def test_a_run_gives_its_average_where_it_keeps_one(teacher_dir, clip, array_nhw
     c.data.path, c.data.batch_size, c.train.steps, c.optim.ema_decay = "data", 16, 50, 0.9
     (tmp_path / "run").mkdir()
     shapes = state_shapes(make_recipe(c, clip.spec, 256))
-    state = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    state = jax.tree.map(lambda leaf: jax.numpy.ones(leaf.shape, leaf.dtype), shapes)
     average = {"vision": jax.tree.map(lambda x: x * np.float32(1.1), clip.params["vision"])}
     checkpoints = Checkpoints(tmp_path / "run")
     checkpoints.open(state)
-    checkpoints.save(state.replace(step=np.int32(5), ema=average), {}, {"teacher": {}})
+    checkpoints.save(
+        state.replace(step=np.int32(5), ema=jax.device_put(average)), {}, {"teacher": {}}
+    )
     checkpoints.close()
     save_config(c, tmp_path / "run" / "config.json")
     (images,) = save(tmp_path, images=array_nhwc)

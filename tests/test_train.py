@@ -79,24 +79,27 @@ def _rows(workdir):
     ]
 
 
-def test_interrupted_anywhere_and_resumed_is_the_uninterrupted_run(
+def test_interrupted_again_and_again_is_the_uninterrupted_run(
     config, tmp_path, monkeypatch, capsys
 ):
     training.train(config, tmp_path / "whole")
-    whole = _state(config, tmp_path / "whole")
+    capsys.readouterr()
+    workdir, before = tmp_path / "run", 0
     for stop in (1, 3, 5):
-        workdir = tmp_path / f"stopped{stop}"
         with monkeypatch.context() as patch:
             _interrupt_after(patch, stop)
             with pytest.raises(_Interrupted):
                 training.train(config, workdir)
-        capsys.readouterr()
-        training.train(config, workdir)
-        assert f"RESUMED at step {stop}" in capsys.readouterr().out
-        jax.tree.map(np.testing.assert_array_equal, _state(config, workdir), whole)
-        assert _rows(workdir) == _rows(tmp_path / "whole")
+        out = capsys.readouterr().out
+        assert (f"RESUMED at step {before}" if before else "FRESH START") in out
+        before = stop
+    training.train(config, workdir)
+    assert f"RESUMED at step {before}" in capsys.readouterr().out
+    state = _state(config, tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, _state(config, workdir), state)
+    assert _rows(workdir) == _rows(tmp_path / "whole")
     # A cold start with the same parameters would not do: its moments are zero.
-    assert any(leaf.any() for leaf in jax.tree.leaves(whole.opt_state) if leaf.ndim)
+    assert any(leaf.any() for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
 
 
 def test_train_evaluate_export_report(config, tmp_path, teacher_dir, monkeypatch):

@@ -1,6 +1,8 @@
 """The command line, ``uta-jax COMMAND``: parses, calls one function, reports mistakes in a line."""
 
 import argparse
+import atexit
+import gc
 import sys
 
 from uta_jax import UserError, __version__, quiet_tpu_library
@@ -13,6 +15,15 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class _Once(argparse.Action):
+    """An option with a value; given twice, the second would replace the first without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest, self.default) != self.default:
+            parser.error(f"{option_string} is given twice, the second time as {values!r}: give one")
+        setattr(namespace, self.dest, values)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,7 +50,8 @@ def _add_commands(parser, commands: dict[str, Command], dest: str, metavar: str)
             allow_abbrev=False,
         )
         for argument, options in command.arguments:
-            sub.add_argument(argument, **options)
+            once = argument.startswith("-") and not options.keys() & {"action", "nargs"}
+            sub.add_argument(argument, **({"action": _Once} if once else {}), **options)
         if name in ACTIONS:
             _add_commands(sub, ACTIONS[name], "action", "ACTION")
 
@@ -59,6 +71,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"uta-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
 
+
+# At its end the interpreter looks for cycles in all that JAX has traced: a second, for nothing.
+atexit.register(gc.freeze)
 
 if __name__ == "__main__":
     sys.exit(main())

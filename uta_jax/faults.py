@@ -41,6 +41,7 @@ ACTIONS: dict[str, Callable[[], None]] = {
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "int": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "group": lambda: os.killpg(0, signal.SIGTERM),  # and all that it has started
     "twice": lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)] and None,
     "sleep": lambda: time.sleep(3600),
 }

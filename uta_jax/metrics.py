@@ -29,9 +29,7 @@ class Writer:
         new.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(new, path)
         self._file = path.open("a", buffering=1)
-        from tensorboardX import SummaryWriter  # here: it imports PyTorch where that is installed
-
-        self._boards = [SummaryWriter(str(workdir), purge_step=start_step + 1)]
+        self._boards = [_tensorboard(str(workdir), purge_step=start_step + 1)]
         if wandb:
             self._boards.append(_Wandb(workdir, wandb))
 
@@ -76,6 +74,21 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _tensorboard(*args, **kwargs):
+    """A SummaryWriter of tensorboardX, kept from PyTorch.
+
+    It would import that wherever it is installed, for an annotation, at seconds a start.
+    """
+    hidden = {"torch": None} if "torch" not in sys.modules else {}
+    sys.modules.update(hidden)
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return SummaryWriter(*args, **kwargs)
 
 
 def read(path: Path) -> list[dict]:

@@ -51,18 +51,19 @@ class Log:
         rows = metrics.read(workdir / "metrics.jsonl")
         scored = any(is_scored(r) and r["step"] == step for r in rows)
         self.has_scores = processes.gather("scores", scored)[0]
-        if saved:
-            self._carry_on(saved, rows, step)
+        self._carry_on(saved, rows, step)
         self._writer = Writer(workdir, step, plan.wandb) if processes.is_first() else None
         self._meter = Meter(plan.batch_size)
         self._bar = progress_bar(plan.total, step, shown=processes.is_first())
 
     def _carry_on(self, saved: dict, rows: list[dict], step: int) -> None:
         """Times so far; what came after the checkpoint is lost, unless the run had ended."""
-        timed = [row for row in rows if "seconds/init" in row]
-        logged = {p: timed[-1][f"seconds/{p}"] for p in ledger.PHASES} if timed else {}
-        ended = bool(timed) and timed[-1]["step"] == step and "ended" in timed[-1]
-        self._times.carry_on(logged if ended else saved.get("seconds", {}), logged)
+        last = next((row for row in reversed(rows) if "seconds/init" in row), {})
+        if "ended" in last and last["step"] == step:
+            logged = {phase: last[f"seconds/{phase}"] for phase in ledger.PHASES}
+            self._times.carry_on(logged, rest="init")
+        else:
+            self._times.carry_on(saved.get("seconds", {}))
 
     def __enter__(self) -> "Log":
         return self

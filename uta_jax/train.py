@@ -16,8 +16,8 @@ run prints which; ``config.train.resume`` forbids one of them.
 """
 
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def _trained(config: ConfigDict, workdir, allow_data_change: bool, times: Ledger
     processes.agree("what to train", _facts(config, recipe, source))
     workdir = make_workdir(workdir)
     checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every)
-    with jax.set_mesh(mesh), Signals() as signals, _lock(workdir), checkpoints:
+    with jax.set_mesh(mesh), Signals() as signals, _alone(workdir, times), checkpoints:
         checkpoints.open(state_shapes(recipe))
         faults.reach("start")
         run = replace(
@@ -106,9 +106,14 @@ def _trained(config: ConfigDict, workdir, allow_data_change: bool, times: Ledger
         return _train(run, checkpoints, source)
 
 
-def _lock(workdir: Path):
-    """The first process holds it for all."""
-    return closing(Lock(workdir)) if is_first() else nullcontext()
+@contextmanager
+def _alone(workdir: Path, times: Ledger) -> Iterator[None]:
+    """The one run in ``workdir``; the first process holds the lock for all, and keeps the time."""
+    with ExitStack() as stack:
+        if is_first():
+            stack.enter_context(closing(Lock(workdir)))
+            stack.enter_context(times.kept(workdir / "seconds"))
+        yield
 
 
 def _facts(config: ConfigDict, recipe: Recipe, source) -> dict:
@@ -118,7 +123,9 @@ def _facts(config: ConfigDict, recipe: Recipe, source) -> dict:
 
 
 def make_workdir(workdir: str | Path) -> Path:
-    """Create ``workdir`` if need be; UserError if something else stands there."""
+    """Create ``workdir`` if need be; UserError if it has no name or something else stands there."""
+    if not str(workdir):
+        raise UserError("--workdir= is empty: name a directory")
     workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -184,9 +191,8 @@ def make_evaluator(config: ConfigDict, recipe: Recipe, mesh, teacher: dict, watc
 
 
 def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
-    loader = make_loader(
-        run, source, run.workdir / "bad_examples.jsonl"
-    )  # checks the data, reads none yet
+    bad_file = run.workdir / "bad_examples.jsonl"
+    loader = make_loader(run, source, bad_file)  # checks the data, reads none yet
     plan = Plan(
         run.recipe.optim.total_steps, run.config.train.log_every, run.config.data.batch_size,
         run.config.train.max_bad_steps, run.config.train.wandb,

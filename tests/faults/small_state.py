@@ -1,5 +1,6 @@
 """A state of a few thousand numbers, saved in no time; scripts of tests can import it, too."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -25,11 +26,15 @@ def on(data: int, fsdp: int) -> jax.sharding.Mesh:
     return mesh.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
 
 
+@functools.cache
+def _first(devices: jax.sharding.Mesh, recipe: Recipe):
+    with jax.set_mesh(devices):
+        return init_state(recipe, devices)
+
+
 def state_at(step: int, devices: jax.sharding.Mesh, recipe: Recipe = RECIPE):
     """Every array differs from step to step, and from the others."""
-    with jax.set_mesh(devices):
-        state = init_state(recipe, devices)
-    leaves, tree = jax.tree.flatten(state)
+    leaves, tree = jax.tree.flatten(_first(devices, recipe))
     new = [leaf + leaf.dtype.type(step * (n + 1)) for n, leaf in enumerate(leaves)]
     new = [jax.device_put(x, leaf.sharding) for x, leaf in zip(new, leaves, strict=True)]
     return jax.tree.unflatten(tree, new).replace(

@@ -11,7 +11,7 @@ def get_config():
     c.data.source, c.data.path, c.data.split = "synthetic", "64x64:96", ""
     c.data.batch_size, c.data.workers = 8, 1
     c.optim.ema_decay = 0.9
-    c.train.steps, c.train.log_every, c.train.save_every = 8, 1, 2
+    c.train.steps, c.train.log_every, c.train.save_every = 12, 1, 3
     c.eval.source, c.eval.path, c.eval.split = "synthetic", "64x64:16", ""
-    c.eval.batch_size, c.train.eval_every = 8, 4
+    c.eval.batch_size, c.train.eval_every = 8, 6
     return c

@@ -11,7 +11,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -47,12 +48,9 @@ class Checkpoints:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self.directory = Path(workdir).absolute() / "checkpoints"
         self._keep, self._keep_every = keep, keep_every
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
-            temporary_path_class=_temporary_path(self._acknowledge),
-            # Where a directory cannot be made, whoever waits for it would do so for minutes.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        )
+        self._orbax = _orbax(self._acknowledge)
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future | None = None
         self._under_way: int | None = None  # step
 
     def open(self, state: TrainState) -> None:
@@ -75,34 +73,38 @@ class Checkpoints:
         return max(folder.acknowledged(self.directory), default=None)
 
     def save(self, state: TrainState, data: dict, meta: dict) -> None:
-        """Begin to save ``state`` under its step; returns once its arrays left the devices.
+        """Begin to save ``state`` under its step; returns once its arrays are on their way.
 
-        Raises SaveError if this save or the one before it failed.
+        Waits for the save before this one. Raises SaveError if either failed.
         """
         step = int(state.step)
-        items = {"params": state.params, "opt": state.opt_state} | ({"ema": state.ema or None})
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
-        about = {"step": step, "format": FORMAT, "version": __version__, **meta}
-        args = ocp.args.Composite(
-            **arrays, data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(about)
-        )
         self.wait()
         faults.reach("save.begin")
         if not self.directory.is_dir():
             raise SaveError(f"{self.directory} was removed while the run was on: nothing is saved")
         self._under_way = step
-        with self._blaming_the_disk():
-            self._orbax.save(self.directory / str(step), args)
+        about = {"step": step, "format": FORMAT, "version": __version__, **meta}
+        items = {"params": state.params, "opt": state.opt_state, "ema": state.ema}
+        arrays = to_host({name: tree for name, tree in items.items() if tree})
+        self._saving = self._background.submit(self._write, step, arrays, data, about)
+
+    def _write(self, step: int, arrays: dict, data: dict, meta: dict) -> None:
+        """In the background: orbax's own asynchronous save computes in the loop for longer."""
+        args = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        args |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}
+        self._orbax.save(self.directory / str(step), ocp.args.Composite(**args))
 
     def poll(self) -> None:
         """Raise SaveError if the save under way has failed; to be called with every step."""
-        with self._blaming_the_disk():
-            self._orbax.check_for_errors()
+        if self._saving and self._saving.done():
+            self.wait()
 
     def wait(self) -> None:
-        """Wait for the save under way; raises SaveError if it failed."""
-        with self._blaming_the_disk():
-            self._orbax.wait_until_finished()
+        """Wait for the save under way; raises SaveError, once, if it failed."""
+        saving, self._saving = self._saving, None
+        if saving:
+            with self._blaming_the_disk():
+                saving.result()
 
     def _acknowledge(self, path: Path) -> None:
         """Of a directory that has just got its name; in the background, on the first process."""
@@ -123,9 +125,6 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> SaveError:
         """What to tell of a failed save, after removing what it left."""
-        for _ in range(2):  # its threads fail one by one, and each keeps its error until asked
-            with suppress(Exception):
-                self._orbax.wait_until_finished()
         newest = self.latest()
         if is_first() and self._under_way is not None:
             name = f"{self._under_way}.orbax-checkpoint-tmp"
@@ -179,6 +178,7 @@ class Checkpoints:
         return saved[item], meta
 
     def _read(self, targets: dict, step: int | None) -> tuple[dict, dict]:
+        self.wait()  # orbax is with the thread that saves
         step = self.latest() if step is None else step
         if step is None:
             raise UserError(f"no checkpoint in {self.directory}: train first")
@@ -190,7 +190,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the save under way; raise SaveError if it failed."""
-        with self._blaming_the_disk():
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
             self._orbax.close()
 
     def __enter__(self) -> "Checkpoints":
@@ -221,6 +224,33 @@ _ADVICE = (
     (r"NOT_FOUND|No such file|Errno 2\b|OS error 2\b", "its directory was removed or renamed while "
      "the run was on"),
 )  # fmt: skip
+
+
+def _orbax(acknowledge) -> ocp.Checkpointer:
+    """The one that writes and reads; to be used by one thread at a time.
+
+    Where the processes are named, they wait for each other by JAX's service. Else they would do so
+    by a sum over all devices, which must not come from a thread beside the loop's.
+    """
+    everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
+    among = ocp.options.MultiprocessingOptions(active_processes=everyone)
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=among)
+    )
+    return ocp.Checkpointer(
+        handler,
+        multiprocessing_options=among,
+        temporary_path_class=_temporary_path(acknowledge),
+    )
+
+
+def to_host(tree):
+    """Copies in the host's memory, which the devices make while the loop goes on.
+
+    The next update writes into the very memory of the state that it is given.
+    """
+    kinds = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), tree)
+    return jax.device_put(tree, kinds)
 
 
 def _remove(path: Path) -> None:
