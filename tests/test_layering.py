@@ -39,11 +39,13 @@ MODULES = (
     "checkpoint",
     "evals",
     "embed",
+    "pictures",
     "runlog",
     "train",
     "replay",
     "hlo",
     "plan",
+    "publish",
     "report",
     "actions",
     "commands",
@@ -59,6 +61,7 @@ CONFIGURED = {
     "train",
     "replay",
     "plan",
+    "report",
 }
 TORCH = {"torch", "torchvision", "transformers", "open_clip", "timm"}
 

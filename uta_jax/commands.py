@@ -4,7 +4,7 @@ import argparse
 import os
 
 from uta_jax import UserError
-from uta_jax.actions import ACTIONS, OUT, Command
+from uta_jax.actions import ACTIONS, JSON, OUT, Command
 from uta_jax.config_files import read_config
 
 
@@ -56,17 +56,17 @@ def _convert(args, _):
 
 
 def _export(args, _):
-    from uta_jax import processes, report
+    from uta_jax import processes, publish
 
     if bool(args.workdir) == bool(args.model):
         raise UserError("give either --workdir (a run) or --model (a directory or file)")
     options = {name: getattr(args, name) for name in ("overwrite", "dtype", "licence", "home")}
     if args.workdir:
         with processes.started():
-            report.export_run(args.workdir, args.format, args.out, **options)
+            publish.export_run(args.workdir, args.format, args.out, **options)
             processes.gather("written", None)
     else:
-        report.export_model(args.model, args.format, args.out, preset=args.preset, **options)
+        publish.export_model(args.model, args.format, args.out, preset=args.preset, **options)
 
 
 def _embed(args, _):
@@ -110,7 +110,7 @@ def _report(args, _):
     from uta_jax.report import report
 
     processes.refuse_several("report")
-    report(args.workdir)
+    report(args.workdirs, args.out or "", args.json or "")
 
 
 _WORKDIR = ("--workdir", {"required": True, "help": "directory of a training run"})
@@ -160,7 +160,7 @@ COMMANDS = {
             ("--eval", {"nargs": "+", "default": (), "metavar": "NAME",
                         "help": "what to measure (default: config.eval.names of the run)"}),
             ("--exported", {"help": "also this exported Hugging Face directory, run in PyTorch"}),
-            ("--json", {"help": "write the same figures to this file"}),
+            JSON,
         ),
         _evaluate,
     ),
@@ -296,14 +296,18 @@ COMMANDS = {
                 {"type": int, "default": 14_197_122, "help": "length of the training set, for "
                  "recipes in epochs (default: ImageNet-21k)"},
             ),
-            ("--json", {"help": "write the same figures to this file"}),
+            JSON,
         ),
         _plan,
     ),
     "report": Command(
-        "Pictures and a summary of a run: samples.png, curves.png, summary.json.",
-        "uta-jax report --workdir=runs/demo",
-        (_WORKDIR,),
+        "One or more runs as an HTML page whole in itself: curves, evaluations, time, pictures.",
+        "uta-jax report runs/demo runs/other --out=both.html",
+        (
+            ("workdirs", {"nargs": "+", "metavar": "WORKDIR", "help": "of training runs"}),
+            ("--out", {"help": "the page (default: report.html in the first WORKDIR)"}),
+            JSON,
+        ),
         _report,
     ),
 }  # fmt: skip

@@ -111,7 +111,7 @@ def bench(
         json_out = stack.enter_context(output(json_file)) if json_file else None
         if source is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="uta_jax_bench_"))
-            source = Pictures(Path(folder))
+            source = Pictures(Path(folder), repeats=1000)
         if len(source) < BATCH:
             raise UserError(f"data bench: {len(source)} examples; at least {BATCH} are needed")
         images = [source[n]["image"] for n in range(min(len(source), 100))]

@@ -35,22 +35,28 @@ def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
 
 
 class Pictures:
-    """A source of JPEGs drawn by `picture` and written into a directory."""
+    """A source of JPEGs drawn by `picture` and written into a directory.
+
+    With `repeats` every file counts as so many examples: to shuffle a few dozen of them costs as
+    much, an example, as to decode it, and a few thousand next to nothing.
+    """
 
     class_names: tuple[str, ...] = ()
     fields = ("image", "key")
 
-    def __init__(self, path: Path, count: int = WRITTEN):
+    def __init__(self, path: Path, count: int = WRITTEN, repeats: int = 1):
+        self._repeats = repeats
         self._paths = [path / f"{n:05d}.jpg" for n in range(count)]
         for n, file in enumerate(self._paths):
             image = picture(np.random.default_rng(n), WIDTH, HEIGHT)
             image.save(file, "JPEG", quality=QUALITY)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._paths) * self._repeats
 
     def __getitem__(self, index: int) -> dict:
-        return {"image": self._paths[index].read_bytes(), "key": self._paths[index].name}
+        path = self._paths[index % len(self._paths)]
+        return {"image": path.read_bytes(), "key": path.name}
 
     def fingerprint(self) -> str:
         """Of the bytes of all files."""
@@ -61,7 +67,7 @@ class Pictures:
         return {
             "kind": "pictures",
             "path": str(self._paths[0].parent),
-            "examples": len(self._paths),
+            "examples": len(self),
         }
 
     def problems(self) -> Iterator[str]:
