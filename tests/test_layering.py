@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Modules and packages in order: each imports only what stands above it.
 MODULES = (
     "__init__",
+    "allocator",
     "lifeline",
     "places",
     "processes",
@@ -44,6 +45,9 @@ MODULES = (
     "train",
     "replay",
     "hlo",
+    "chips",
+    "flops",
+    "fitting",
     "plan",
     "publish",
     "report",
@@ -60,6 +64,7 @@ CONFIGURED = {
     "checkpoint",
     "train",
     "replay",
+    "fitting",
     "plan",
     "report",
 }

@@ -81,10 +81,11 @@ def _embed(args, _):
 def _plan(args, overrides):
     # Before JAX looks for devices: the plan is made on the CPU, for whatever slice.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    kind, _, count = args.topology.partition(":")
-    if kind == "cpu" and count.isdigit() and int(count):
-        os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={count}")
+    from uta_jax.chips import host_count
     from uta_jax.plan import plan
+
+    if count := host_count(args.topology):
+        os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={count}")
 
     key, _, values = args.compare.partition("=")
     variants = [f"--config.{key}={value}" for value in values.split(",")] if key else [""]
@@ -278,7 +279,8 @@ COMMANDS = {
             ("--config", {"required": True, "help": "a recipe; --config.KEY=VALUE as in train"}),
             (
                 "--topology",
-                {"required": True, "help": "v5e:4x4, v5e:16x16, v5p:4x4x4, v6e:8x8 ... or cpu:N"},
+                {"required": True, "help": "v5e:4x4, v5p:4x4x4, v6e:8x8 ...; gpu:h100x8 ... (a "
+                 "roofline); or cpu:N"},
             ),
             (
                 "--batch-per-chip",

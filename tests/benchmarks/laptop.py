@@ -22,6 +22,8 @@ import json
 import os
 import statistics
 import sys
+import time
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +45,7 @@ from uta_jax.data.files import output
 from uta_jax.evals import EVALUATORS, as_text, figures_of, fitting
 from uta_jax.interop.teacher import load_clip
 from uta_jax.objectives import OBJECTIVES
-from uta_jax.step import compile_step, state_shapes
+from uta_jax.step import compile_step, init_state, state_shapes
 from uta_jax.train import cast, train
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +54,7 @@ RECIPES = {
     "maskalign": "demo_maskalign.py",
 }  # fmt: skip
 KINDS, KEEPS = ("random", "block", "reversed_block"), (0.25, 0.5, 0.75)
+TURNS = 15  # of the steps of all methods, after the one that compiles
 WARMUP = 50 / 1200  # of the steps, as in configs/demo.py
 SHOWN = {
     "zero-shot": "zeroshot/top1", "image to text": "retrieval/image_to_text/1",
@@ -96,22 +99,61 @@ def recipe_config(cell: Cell, args, steps: int, seed: int):
     return read_config(path, [f"--config.{key}={value}" for key, value in values.items()])
 
 
-def flops_per_image(cell: Cell, args) -> float:
-    """XLA's count for a whole step: teacher, student forward and backward, update."""
-    config = recipe_config(cell, args, args.steps, 0)
-    config.eval.path = ""  # its batch need not divide
-    with configs.blame("config.teacher.path"):
-        teacher = load_clip(config.teacher.path)
-    recipe = configs.make_recipe(config, teacher.spec, len(configs.open_data(config.data)))
-    recipe = replace(recipe, task=replace(recipe.task, unroll=True))
-    mesh = meshes.make_mesh(1, 1, jax.devices()[:1])
-    size, batch = recipe.task.student.image_size, config.data.batch_size
-    frozen = {"vision": cast(teacher.params["vision"], "float32")}
-    images = {"image": jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8)}
-    with jax.set_mesh(mesh):
-        step = compile_step(recipe, mesh, frozen)
-        compiled = step.lower(state_shapes(recipe), frozen, images).compile()
-    return compiled.cost_analysis()["flops"] / batch
+class Step:
+    """The update of a cell on one device."""
+
+    def __init__(self, cell: Cell, args, unroll: bool = False):
+        config = recipe_config(cell, args, args.steps, 0)
+        config.eval.path = ""  # its batch need not divide
+        with configs.blame("config.teacher.path"):
+            teacher = load_clip(config.teacher.path)
+        recipe = configs.make_recipe(config, teacher.spec, len(configs.open_data(config.data)))
+        self.recipe = replace(recipe, task=replace(recipe.task, unroll=unroll))
+        self.mesh = meshes.make_mesh(1, 1, jax.devices()[:1])
+        size, self.batch = recipe.task.student.image_size, config.data.batch_size
+        self.image_shape = (self.batch, size, size, 3)
+        self.frozen = {"vision": cast(teacher.params["vision"], "float32")}
+        with jax.set_mesh(self.mesh):
+            self.update = compile_step(self.recipe, self.mesh, self.frozen)
+
+    def flops_per_image(self) -> float:
+        """XLA's count for a whole step: teacher, student forward and backward, update."""
+        images = {"image": jax.ShapeDtypeStruct(self.image_shape, np.uint8)}
+        with jax.set_mesh(self.mesh):
+            lowered = self.update.lower(state_shapes(self.recipe), self.frozen, images)
+            return lowered.compile().cost_analysis()["flops"] / self.batch
+
+    def timed(self) -> Iterator[float]:
+        """Seconds of one update after another, the first of which compiles."""
+        with jax.set_mesh(self.mesh):
+            state = init_state(self.recipe, self.mesh)
+            frozen = meshes.place(self.mesh, self.frozen)
+        batch = {"image": np.random.default_rng(0).integers(0, 256, self.image_shape, np.uint8)}
+        while True:
+            with jax.set_mesh(self.mesh):
+                start = time.perf_counter()
+                state, values = self.update(state, frozen, batch)
+                jax.block_until_ready(values)
+            yield time.perf_counter() - start
+
+
+def costs(args, flops: dict[str, float]) -> dict[str, dict[str, float]]:
+    """A step of each method against that of the first, in turns: method -> ratios to ``uta``."""
+    path = Path(args.out) / "costs.json"
+    if not path.exists():
+        steps = {cell.name: Step(cell, args).timed() for cell in METHODS}
+        turns = [{name: next(step) for name, step in steps.items()} for _ in range(TURNS + 1)][1:]
+        first = METHODS[0].name
+        found = {
+            cell.method: {
+                "FLOPs": flops[cell.name] / flops[first],
+                "time": statistics.median(turn[cell.name] / turn[first] for turn in turns),
+            }
+            for cell in METHODS
+        }
+        with output(path) as file:
+            file.write(json.dumps(found, indent=2) + "\n")
+    return json.loads(path.read_text())
 
 
 def all_flops(args) -> dict[str, float]:
@@ -120,7 +162,7 @@ def all_flops(args) -> dict[str, float]:
     found = json.loads(path.read_text()) if path.exists() else {}
     cells = [cell for cell in METHODS + ABLATION if cell.name not in found]
     for cell in tqdm(cells, desc="count FLOPs", unit="recipe", disable=not cells):
-        found[cell.name] = flops_per_image(cell, args)
+        found[cell.name] = Step(cell, args, unroll=True).flops_per_image()
         with output(path) as file:
             file.write(json.dumps(found, indent=2) + "\n")
     return found | {cell.name: found[Cell(cell.method).name] for cell in STEPS}
@@ -254,6 +296,7 @@ def main() -> None:
         flops |= {c.name: flops[m] for c in STEPS if (m := Cell(c.method).name) in flops}
     else:
         flops = all_flops(args)
+        costs(args, flops)
         cells = list(itertools.product(range(args.seeds), METHODS + STEPS + ABLATION))
         for seed, cell in (bar := tqdm(cells, unit="cell", smoothing=0)):
             bar.set_postfix_str(f"{cell.name}, seed {seed}")
@@ -263,6 +306,10 @@ def main() -> None:
                 run_cell(cell, args, steps, seed, workdir)
     rows = table(args, flops)
     show(rows)
+    if (Path(args.out) / "costs.json").exists():
+        for method, ratio in list(costs(args, flops).items())[1:]:
+            print(f"a step of {method}: {ratio['FLOPs']:.2f} x the FLOPs of uta's, ", end="")
+            print(f"{ratio['time']:.2f} x its time (median of {TURNS} turns in one process)")
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
 

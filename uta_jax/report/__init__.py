@@ -31,10 +31,11 @@ def report(
     runs = open_runs(workdirs)
     out = Path(out or runs[0].workdir / PAGE)
     summaries = {run.name: figures.summary(run) for run in runs}
-    for path, text in ((out, page(runs)), (json_file, json.dumps(summaries, indent=2) + "\n")):
-        if path:
-            with output(path) as file:
-                file.write(text)
+    with output(out) as file:  # first: what cannot be written is told of before the work
+        file.write(page(runs))
+    if json_file:
+        with output(json_file) as file:
+            file.write(json.dumps(summaries, indent=2) + "\n")
     for name, summary in summaries.items():
         print(name)
         for key, value in summary.items():

@@ -142,7 +142,7 @@ def _evaluator(name: str, runs: list[Run]) -> Markup:
     rows, per_run = [], max(1, _ROWS // len(runs))
     for run in runs:
         steps = list(scores[run.number])
-        for place in spread(per_run, len(steps)) if len(steps) > per_run else range(len(steps)):
+        for place in spread(min(per_run, len(steps)), len(steps)):
             step = steps[-1 - place]  # the newest is always there
             whose = chip(run) if len(runs) > 1 else "student"
             rows.append([whose, f"{step:,}", *_cells(scores[run.number][step], figures)])
@@ -159,7 +159,9 @@ def _evaluator(name: str, runs: list[Run]) -> Markup:
 def _of(run: Run, name: str) -> dict[int, dict[str, float]]:
     """Step -> the figures of one evaluator, without its name."""
     found = {
-        step: {key.removeprefix(f"{name}/"): x for key, x in row.items() if key.startswith(name)}
+        step: {
+            key.removeprefix(f"{name}/"): x for key, x in row.items() if key.startswith(f"{name}/")
+        }
         for step, row in run.scores().items()
     }
     return {step: row for step, row in found.items() if row}
@@ -190,7 +192,7 @@ def _over_time(name: str, figure: str, runs: list[Run], scores: dict) -> Markup:
         return Markup("")
     teachers = {run.of_teacher(name)[figure] for run in runs if figure in run.of_teacher(name)}
     levels = [Level("teacher", value) for value in sorted(teachers)]
-    return chart(f"{name} {figure}", lines, levels, percent=not as_text(figure, 0.5) == "0.5")
+    return chart(f"{name} {figure}", lines, levels, percent=as_text(figure, 1.0).endswith("%"))
 
 
 def _protocol(name: str, runs: list[Run]) -> Markup:
