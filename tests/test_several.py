@@ -11,6 +11,7 @@ from uta_jax import metrics
 from uta_jax.checkpoint import folder, load_params, manifest
 from uta_jax.evals import is_scored
 from uta_jax.interop.teacher import load_clip
+from uta_jax.report import report
 
 TINY = str(FAULTS / "tiny.py")
 LOOP = str(ROOT / "tests" / "whole_loop.py")
@@ -84,7 +85,7 @@ def test_four_processes_train_evaluate_save_and_export(base):
 
 
 def test_two_processes_stop_together_go_on_and_are_measured(base):
-    """By a signal to one of them (R4); then the commands, each in two processes."""
+    """By a signal to one of them (R4); then the commands, in two processes and in this one."""
     workdir = base / "run2"
     one_told = {1: {"UTA_FAULT": "step:term:3"}}
     argv = ("-m", "uta_jax", "train", f"--config={TINY}", f"--workdir={workdir}")
@@ -95,8 +96,10 @@ def test_two_processes_stop_together_go_on_and_are_measured(base):
         assert 3 <= step <= 4 and manifest.verify(workdir / "checkpoints" / str(step))[0] == []
         for number, name in enumerate(("a signal at another process", "SIGTERM")):
             assert f"stopped by {name} after saving step {step}" in job.last_line(number)
-    with Job(base / "resumed", LOOP, TINY, str(workdir)) as job:
+    with Job(base / "resumed", LOOP, TINY, str(workdir), "--config.train.panels=4") as job:
         check_whole(workdir, job, 8)
+        boards = [path.read_bytes() for path in workdir.glob("events.out.tfevents.*")]
+        assert any(b"pictures" in board for board in boards)
         assert f"RESUMED at step {step} of 8" in job.out(0)
         check_quiet(job)
     names = ("alignment", "knn", "linear_probe")
@@ -108,3 +111,5 @@ def test_two_processes_stop_together_go_on_and_are_measured(base):
     assert json.loads((base / "two.json").read_text()).keys() == {"step", *names}
     kept = json.loads((workdir / "evaluate.json").read_text())
     assert kept.keys() == {"step", "zeroshot", *names}
+    (summary,) = report([workdir]).values()
+    assert summary["zeroshot student"] == kept["zeroshot"]["student"]["top1"]

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from uta_jax import processes, report
+from uta_jax import processes, publish
 from uta_jax.config_files import read_config
 from uta_jax.evals import evaluate
 from uta_jax.train import train
@@ -21,7 +21,7 @@ def main(path: str, workdir: str, *overrides: str) -> None:
     with processes.started(config.platform, **config.processes):
         trained = train(config, workdir)
         found = evaluate(workdir)
-        report.export_run(workdir, "hf", Path(workdir) / "exported")
+        publish.export_run(workdir, "hf", Path(workdir) / "exported")
         processes.gather("written", None)
     print(json.dumps({"trained": trained, "found": found}), flush=True)
 
