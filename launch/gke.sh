@@ -32,39 +32,12 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/steps.sh
 source "$here/steps.sh"
 
+settings=(name topology image bucket secret service-account chips-per-host restarts namespace cluster)
+switches=(render delete)
 name='' topology='' chips_per_host='' namespace='' cluster=CLUSTER
 image=${UTA_IMAGE:-} bucket=${UTA_BUCKET:-}
 secret=uta-jax service_account=default restarts=20
-action=apply
-training=()
-
-parse() {
-  while (($#)); do
-    case $1 in
-      --name=*) name=${1#*=} ;;
-      --topology=*) topology=${1#*=} ;;
-      --image=*) image=${1#*=} ;;
-      --bucket=*) bucket=${1#*=} ;;
-      --secret=*) secret=${1#*=} ;;
-      --service-account=*) service_account=${1#*=} ;;
-      --chips-per-host=*) chips_per_host=${1#*=} ;;
-      --restarts=*) restarts=${1#*=} ;;
-      --namespace=*) namespace=${1#*=} ;;
-      --cluster=*) cluster=${1#*=} ;;
-      --render) action=render ;;
-      --delete) action=delete ;;
-      --dry-run) dry_run=true ;;
-      --help | -h) usage && exit ;;
-      --)
-        shift
-        training=("$@")
-        return
-        ;;
-      *) fail "unexpected argument $1 (write --KEY=VALUE, and what is for uta-jax train after --)" ;;
-    esac
-    shift
-  done
-}
+render=false delete=false
 
 check() {
   need --topology "$topology" "generation and shape, as v5e:4x4"
@@ -137,12 +110,12 @@ main() {
   local kubectl=(kubectl ${namespace:+"--namespace=$namespace"})
   need --name "$name" "the name of the JobSet"
   check_name "$name"
-  if [[ $action == delete ]]; then
+  if "$delete"; then
     step "${kubectl[@]}" delete jobset "$name"
     exit
   fi
   check
-  if [[ $action == render ]]; then
+  if "$render"; then
     render
     exit
   fi

@@ -23,35 +23,15 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/steps.sh
 source "$here/steps.sh"
 
+settings=(gpus image memory) lists=(mount env)
 gpus='' image='' memory=0.9
-mounts=() names=() training=()
-
-parse() {
-  while (($#)); do
-    case $1 in
-      --gpus=*) gpus=${1#*=} ;;
-      --image=*) image=${1#*=} ;;
-      --mount=*) mounts+=("${1#*=}") ;;
-      --env=*) names+=("${1#*=}") ;;
-      --memory=*) memory=${1#*=} ;;
-      --dry-run) dry_run=true ;;
-      --help | -h) usage && exit ;;
-      --)
-        shift
-        training=("$@")
-        return
-        ;;
-      *) fail "unexpected argument $1 (write --KEY=VALUE, and what is for uta-jax train after --)" ;;
-    esac
-    shift
-  done
-}
+mount=() env=()
 
 check() {
   [[ $gpus =~ ^([0-9]+(,[0-9]+)*)?$ ]] || fail "--gpus=$gpus: numbers with commas, as 0,1"
   [[ $memory =~ ^(0?\.[0-9]+|1)$ ]] || fail "--memory=$memory: a share, as 0.9"
   local name
-  for name in "${names[@]}"; do # a value here would be printed, and seen in the list of processes
+  for name in "${env[@]}"; do # a value here would be printed, and seen in the list of processes
     [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "--env takes the name of a variable, no value"
     [[ -n ${!name:-} ]] || fail "--env=$name: not set in this environment"
   done
@@ -62,9 +42,9 @@ in_image() {
   local devices=all arguments=(--rm --init --ipc=host)
   [[ -z $gpus ]] || devices="\"device=$gpus\""
   arguments+=("--gpus=$devices" "--user=$(id -u):$(id -g)" "--volume=$PWD/runs:/runs")
-  local mount name
-  for mount in "${mounts[@]}"; do arguments+=("--volume=$mount:$mount:ro"); done
-  for name in "${names[@]}"; do arguments+=("--env=$name"); done
+  local path name
+  for path in "${mount[@]}"; do arguments+=("--volume=$path:$path:ro"); done
+  for name in "${env[@]}"; do arguments+=("--env=$name"); done
   step mkdir -p runs
   step docker run "${arguments[@]}" --env=JAX_PLATFORMS=cuda,cpu \
     "--env=XLA_PYTHON_CLIENT_MEM_FRACTION=$memory" "$image" train "${training[@]}"

@@ -5,6 +5,38 @@
 # lists. Files or the environment carry secrets, and only their names are written down.
 
 dry_run=false
+settings=() lists=() switches=() training=()
+
+# parse ARGUMENT...: --KEY=VALUE for the KEYs in settings sets the variable KEY, with _ for -, and adds
+# to it for those in lists; --KEY for those in switches makes it true; training is all behind --.
+parse() {
+  local key
+  while (($#)); do
+    key=${1%%=*} key=${key#--}
+    case $1 in
+      --)
+        # shellcheck disable=SC2034
+        training=("${@:2}")
+        return
+        ;;
+      --dry-run) dry_run=true ;;
+      --help | -h) usage && exit ;;
+      *)
+        if [[ $1 == --*=* && " ${settings[*]} " == *" $key "* ]]; then
+          printf -v "${key//-/_}" %s "${1#*=}"
+        elif [[ $1 == --*=* && " ${lists[*]} " == *" $key "* ]]; then
+          local -n repeated=${key//-/_}
+          repeated+=("${1#*=}")
+        elif [[ $1 == "--$key" && " ${switches[*]} " == *" $key "* ]]; then
+          printf -v "${key//-/_}" true
+        else
+          fail "unexpected argument $1 (write --KEY=VALUE, and what is for uta-jax after --)"
+        fi
+        ;;
+    esac
+    shift
+  done
+}
 
 # quoted WORD...: the words as a shell would have to read them.
 quoted() {

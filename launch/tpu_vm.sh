@@ -39,41 +39,13 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/steps.sh
 source "$here/steps.sh"
 
+settings=(name zone topology project version bucket env-file attempts poll queue-hours)
+lists=(create-flag) switches=(spot queued keep)
 name='' topology='' version='' env_file=''
 zone=${UTA_ZONE:-} project=${UTA_PROJECT:-} bucket=${UTA_BUCKET:-}
 attempts=10 poll=60 queue_hours=24
 spot=false queued=false keep=false
-create_flags=() training=()
-
-parse() {
-  while (($#)); do
-    case $1 in
-      --name=*) name=${1#*=} ;;
-      --zone=*) zone=${1#*=} ;;
-      --topology=*) topology=${1#*=} ;;
-      --project=*) project=${1#*=} ;;
-      --version=*) version=${1#*=} ;;
-      --bucket=*) bucket=${1#*=} ;;
-      --env-file=*) env_file=${1#*=} ;;
-      --create-flag=*) create_flags+=("${1#*=}") ;;
-      --attempts=*) attempts=${1#*=} ;;
-      --poll=*) poll=${1#*=} ;;
-      --queue-hours=*) queue_hours=${1#*=} ;;
-      --spot) spot=true ;;
-      --queued) queued=true ;;
-      --keep) keep=true ;;
-      --dry-run) dry_run=true ;;
-      --help | -h) usage && exit ;;
-      --)
-        shift
-        training=("$@")
-        return
-        ;;
-      *) fail "unexpected argument $1 (write --KEY=VALUE, and what is for uta-jax train after --)" ;;
-    esac
-    shift
-  done
-}
+create_flag=()
 
 check() {
   need --name "$name" "the name of the TPU"
@@ -117,7 +89,7 @@ create() {
   if "$queued"; then
     enqueue && wait_in_queue
   else
-    tpus tpu-vm create "$name" "${wanted[@]}" "--version=$software" "${create_flags[@]}"
+    tpus tpu-vm create "$name" "${wanted[@]}" "--version=$software" "${create_flag[@]}"
   fi
 }
 
@@ -136,7 +108,7 @@ enqueue() {
     *) return ;;
   esac
   tpus queued-resources create "$name" "--node-id=$name" "${wanted[@]}" \
-    "--runtime-version=$software" "${create_flags[@]}"
+    "--runtime-version=$software" "${create_flag[@]}"
 }
 
 wait_in_queue() {

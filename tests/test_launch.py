@@ -1,5 +1,6 @@
 """The scripts of launch/, against clouds and clusters that only record what they are asked."""
 
+import itertools
 import json
 import os
 import re
@@ -14,13 +15,14 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-SCRIPTS = ("tpu_vm.sh", "gke.sh", "slurm.sbatch", "local_gpu.sh")
+SCRIPTS = ("tpu_vm.sh", "gke.sh", "slurm.sbatch", "local_gpu.sh", "local.sh")
 TRAINING = ("--config=configs/demo.py", "--workdir=a b/run", "--config.eval.templates=('{}', '$x')")
 COMMANDS = {
     "tpu_vm.sh": ("--name=t1", "--zone=us-central1-a", "--topology=v5e:4x4"),
     "gke.sh": ("--name=t1", "--topology=v5e:4x4", "--image=r/i:t", "--bucket=gs://b"),
     "slurm.sbatch": ("--nodes=2", "--gpus-per-node=4", "--partition=my gpus"),
     "local_gpu.sh": ("--image=i", "--gpus=0,1", "--env=HF_TOKEN"),
+    "local.sh": ("--processes=2", "--devices=3"),
 }
 SECRETS = {"WANDB_API_KEY": "wandb-secret-1", "HF_TOKEN": "hf-secret-2"}
 
@@ -111,7 +113,15 @@ def settled(words):
 def printed_commands(text):
     """Lines of output that are commands, as a shell reads them."""
     lines = [line for line in text.splitlines() if line.split(" ")[0] in (*FAKES, "env", "mkdir")]
-    return [settled(shlex.split(line)) for line in lines]
+    commands = [settled(shlex.split(line)) for line in lines]
+    return [without_environment(words) for words in commands]
+
+
+def without_environment(words):
+    """``env NAME=VALUE COMMAND``: the command, which is all that a fake notes."""
+    if words[0] != "env":
+        return words
+    return list(itertools.dropwhile(lambda word: re.match(r"\w+=", word), words[1:]))
 
 
 def test_shellcheck_finds_nothing():
@@ -211,6 +221,9 @@ def test_a_secret_given_as_an_argument_is_refused_unseen(cluster):
         ("slurm.sbatch", {"--nodes=2": "--nodes=two"}, "--nodes=two"),
         ("local_gpu.sh", {"--gpus=0,1": "--gpus=all"}, "--gpus=all"),
         ("local_gpu.sh", {"--env=HF_TOKEN": "--env=NOT_SET"}, "--env=NOT_SET"),
+        ("local.sh", {"--processes=2": ""}, "--processes="),
+        ("local.sh", {"--devices=3": "--devices=0"}, "--devices=0"),
+        ("local.sh", {"--devices=3": "--device=3"}, "--device=3"),
     ],
 )
 def test_a_mistake_costs_one_line_and_no_call(script, changes, words, cluster):
@@ -223,7 +236,7 @@ def test_a_mistake_costs_one_line_and_no_call(script, changes, words, cluster):
     assert words in done.stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS[:-1])
 @pytest.mark.parametrize("missing", ["--config=", "--workdir="])
 def test_training_without_a_recipe_or_a_workdir(script, missing, cluster):
     training = [word for word in TRAINING if not word.startswith(missing)]
@@ -533,6 +546,53 @@ def test_gpus_of_this_machine_without_an_image(cluster):
     assert done.returncode == 0
     assert cluster.calls[-1] == ["uta-jax", "train", *TRAINING]
     assert "CUDA_VISIBLE_DEVICES=1" in done.stdout and "JAX_PLATFORMS=cuda,cpu" in done.stdout
+
+
+TOLD = """#!{python}
+import os, signal, sys, time
+env = os.environ
+signal.signal(signal.SIGTERM, lambda *_: (print("told", file=sys.stderr), sys.exit(75)))
+print(env["JAX_PROCESS_ID"], env["JAX_NUM_PROCESSES"], env["JAX_COORDINATOR_ADDRESS"])
+if env["JAX_PROCESS_ID"] == "1":
+    sys.exit(int(env["CODE"]))
+time.sleep(float(env["REST"]))
+"""
+
+
+def in_processes(cluster, code, rest_s):
+    """Three, of which number 1 ends with ``code`` and the others after ``rest_s`` seconds."""
+    (cluster.bin / "uta-jax").write_text(TOLD.format(python=sys.executable))
+    env = {"PATH": f"{cluster.bin}:/usr/bin:/bin", "CODE": str(code), "REST": str(rest_s)}
+    command = [str(LAUNCH / "local.sh"), "--processes=3", "--", "train"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_processes_of_this_machine_are_told_where_they_are(cluster):
+    running = in_processes(cluster, code=0, rest_s=0)
+    out, error = running.communicate(timeout=40)
+    assert running.returncode == 0 and error == ""
+    lines = sorted(line for line in out.splitlines() if line.startswith("["))
+    places = [re.fullmatch(r"\[(\d)\] (\d) 3 127\.0\.0\.1:(\d+)", line) for line in lines]
+    assert [(place[1], place[2]) for place in places] == [(n, n) for n in "012"]
+    assert len({place[3] for place in places}) == 1
+
+
+def test_a_process_that_fails_gives_the_exit_code_and_the_others_are_ended(cluster):
+    begun = time.monotonic()
+    running = in_processes(cluster, code=3, rest_s=60)
+    _, error = running.communicate(timeout=40)
+    assert running.returncode == 3 and time.monotonic() - begun > 4  # they were given time
+    assert error == ""
+
+
+def test_a_signal_reaches_every_process(cluster):
+    running = in_processes(cluster, code=0, rest_s=60)
+    said = [running.stdout.readline() for _ in range(6)]  # the commands, and from each its place
+    assert sum(line.startswith("[") for line in said) == 3
+    running.terminate()
+    error = running.communicate(timeout=40)[1]
+    assert running.returncode == 75 and sorted(error.splitlines()) == ["[0] told", "[2] told"]
 
 
 def test_the_image_runs_as_a_user_and_is_made_of_known_files():

@@ -28,10 +28,11 @@ def _evaluate(args, _):
     from uta_jax import processes
     from uta_jax.evals import evaluate
 
-    processes.refuse_several("evaluate")
-    evaluate(
-        args.workdir, exported=args.exported or "", json_file=args.json or "", wanted=args.eval
-    )
+    with processes.started():
+        evaluate(
+            args.workdir, exported=args.exported or "", json_file=args.json or "", wanted=args.eval
+        )
+        processes.gather("written", None)
 
 
 def _convert(args, _):

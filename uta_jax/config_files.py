@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from uta_jax import UserError
 from uta_jax.config import default_config
+from uta_jax.places import find_place
 from uta_jax.runlocal import shrink
 
 # What Python, absl and ml_collections raise for a key or a value that they refuse.
@@ -32,8 +33,10 @@ def read_config(path: str, arguments: list[str]):
             values(argv)
             config = values.config
     if config.runlocal:
-        for key, (old, new) in shrink(config).items():
-            print(f"runlocal: {key}: {old!r} -> {new!r}")
+        replaced = shrink(config)
+        if find_place().index == 0:  # the processes of a run do not know each other yet
+            for key, (old, new) in replaced.items():
+                print(f"runlocal: {key}: {old!r} -> {new!r}")
     return config
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from uta_jax import UserError
 
@@ -20,18 +19,6 @@ class Stopped(UserError):
 
     exit_code = 75  # EX_TEMPFAIL: try again
     everywhere = True  # all processes raise it, at the same step: none has failed
-
-
-def is_first() -> bool:
-    """Whether this is the process that decides and writes what only one may write."""
-    return jax.process_index() == 0
-
-
-def from_first(value: int) -> int:
-    """The first process's value, on every process."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 class Signals:

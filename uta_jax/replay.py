@@ -26,6 +26,7 @@ def replay(config: ConfigDict, workdir: str | Path, step: int) -> dict[str, floa
     before it (or of the start): its own only if that is the one of step - 1. Returns the figures.
     """
     workdir = Path(workdir)
+    processes.refuse_several("train --replay")
     processes.settle()
     config = config.copy_and_resolve_references()
     with config.unlocked():

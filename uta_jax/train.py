@@ -39,7 +39,7 @@ from uta_jax.evals.setting import Data, Setting
 from uta_jax.interop.export import fitting_formats
 from uta_jax.interop.teacher import load_clip, read_spec
 from uta_jax.ledger import Ledger
-from uta_jax.lifetime import Agreement, Interrupted, Signals, is_first
+from uta_jax.lifetime import Agreement, Interrupted, Signals
 from uta_jax.objectives import OBJECTIVES
 from uta_jax.pictures.panels import make_panel
 from uta_jax.runlog import Log, Plan
@@ -110,7 +110,7 @@ def _trained(config: ConfigDict, workdir, allow_data_change: bool, times: Ledger
 def _alone(workdir: Path, times: Ledger) -> Iterator[None]:
     """The one run in ``workdir``; the first process holds the lock for all, and keeps the time."""
     with ExitStack() as stack:
-        if is_first():
+        if processes.is_first():
             stack.enter_context(closing(Lock(workdir)))
             stack.enter_context(times.kept(workdir / "seconds"))
         yield
@@ -297,7 +297,7 @@ def _check_may_start(run: Run, damaged: list[str]) -> None:
 
 def _record_config(run: Run, step: int) -> None:
     """Write the run's configuration; a resumed run says first what it changes."""
-    if not is_first():
+    if not processes.is_first():
         return
     path = run.workdir / "config.json"
     if step and path.exists():
@@ -367,9 +367,8 @@ def _compile(run: Run, state: TrainState, batch: dict, log: Log):
     with log.aside("compile"), xla_cache.watched() as counts:
         step = compile_step(run.recipe, run.mesh, run.frozen)
         compiled = step.lower(state, run.frozen, batch).compile()
-    print(
-        f"COMPILED in {time.perf_counter() - start:.1f} s, {xla_cache.verdict(counts)}", flush=True
-    )
+    seconds = time.perf_counter() - start
+    processes.say(f"COMPILED in {seconds:.1f} s, {xla_cache.verdict(counts)}")
     return compiled
 
 

@@ -26,8 +26,8 @@ from orbax.checkpoint.path import atomicity
 from uta_jax import UserError, __version__, faults
 from uta_jax import mesh as meshes
 from uta_jax.checkpoint import folder, manifest
-from uta_jax.lifetime import from_first, is_first
 from uta_jax.objectives import Task
+from uta_jax.processes import gather, is_first
 from uta_jax.step import Recipe, TrainState, param_shapes, state_shapes, state_shardings
 
 FORMAT = 1  # of what is written here; raised when an older release could not read it
@@ -143,14 +143,15 @@ class Checkpoints:
 
         The first process reads and decides for all.
         """
-        found = -1
+        return self._newest_good(repair=True)
+
+    def _newest_good(self, repair: bool) -> int | None:
+        step = None
         if is_first():
-            step, cost = folder.newest_good(self.directory, repair=True)
-            found = -1 if step is None else step
-            if cost:
+            step, cost = folder.newest_good(self.directory, repair=repair)
+            if cost and repair:
                 print(f"VERIFIED checkpoint {step}: {cost}", flush=True)
-        found = from_first(found)
-        return None if found < 0 else found
+        return gather("newest checkpoint", step)[0]
 
     def restore(
         self, recipe: Recipe, mesh: Mesh, step: int | None = None
@@ -173,8 +174,7 @@ class Checkpoints:
         """The item ``params`` or ``ema`` of the newest good checkpoint, and its meta."""
         shapes = param_shapes(task)
         target = jax.tree.map(_target, shapes, meshes.shardings(mesh, shapes))
-        step, _ = folder.newest_good(self.directory)
-        saved, meta = self._read({item: target}, step)
+        saved, meta = self._read({item: target}, self._newest_good(repair=False))
         return saved[item], meta
 
     def _read(self, targets: dict, step: int | None) -> tuple[dict, dict]:

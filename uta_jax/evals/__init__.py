@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uta_jax import UserError
+from uta_jax import UserError, processes
 from uta_jax import mesh as meshes
 from uta_jax.checkpoint import SavedRun, load_run
 from uta_jax.config import reading_of
@@ -106,18 +106,25 @@ def evaluate(
 
     ``exported``: a Hugging Face directory whose zero-shot accuracy is measured as well, by
     transformers in PyTorch. ``json_file``: where the same figures go, too. ``wanted``: names of
-    evaluators; by default those of the run's configuration.
+    evaluators; by default those of the run's configuration. Of several processes all must call it,
+    and the first one writes and prints.
     """
     check_names(wanted, "--eval")
     workdir, run = Path(workdir), load_run(workdir)
     figures = figures_of(run, wanted, exported, workdir / FEATURES)
+    if processes.is_first():
+        _record(workdir, figures, json_file)
+    return figures
+
+
+def _record(workdir: Path, figures: dict, json_file: str) -> None:
+    """Write and print what ``evaluate`` found."""
     kept = _earlier(workdir / "evaluate.json", figures["step"])
     for path, content in ((workdir / "evaluate.json", kept | figures), (json_file, figures)):
         if path:
             with output(path) as file:
                 file.write(json.dumps(content, indent=2) + "\n")
     print(table(figures))
-    return figures
 
 
 def _earlier(path: Path, step: int) -> dict:

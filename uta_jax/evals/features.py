@@ -21,7 +21,7 @@ import xxhash
 from jax import Array
 from jax.sharding import Mesh
 
-from uta_jax import UserError
+from uta_jax import UserError, processes
 from uta_jax import mesh as meshes
 from uta_jax.data.files import digest
 from uta_jax.data.loader import Reading, eval_batches
@@ -65,7 +65,11 @@ class Features:
         key = _key(vision, spec, source)
         path = self._folder and self._folder / f"{key}.npz"
         if key not in self._found:
-            self._found[key] = _load(path) or self._forward(vision, spec, source)
+            kept = _load(path)
+            # All go the same way: a forward waits for every process.
+            if path and not all(processes.gather("kept features", kept is not None)):
+                kept = None
+            self._found[key] = kept or self._forward(vision, spec, source)
             _save(path, self._found[key])
         return self._found[key]
 
@@ -174,7 +178,7 @@ def _load(path: Path | None) -> Pooled | None:
 
 def _save(path: Path | None, pooled: Pooled) -> None:
     """The file appears whole or not at all; only the first process writes."""
-    if path is None or path.exists() or jax.process_index():
+    if path is None or path.exists() or not processes.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     place = path.with_name(f"{uuid.uuid4().hex}.tmp")
