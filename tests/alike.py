@@ -15,7 +15,7 @@ from uta_jax.models import presets
 from uta_jax.models.vit import init_vit
 from uta_jax.objectives import Task
 from uta_jax.optimizer import AdamW
-from uta_jax.step import Recipe, compile_step, init_state
+from uta_jax.step import Recipe, TrainState, compile_step, state_shapes
 
 # Few numbers: the compiler would take longer than all updates.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -28,16 +28,38 @@ TASK = Task("uta", STUDENT, CLIP.mean, CLIP.std, teacher=CLIP, mask=masking.Mask
 RECIPE = Recipe(TASK, AdamW(2e-3, STEPS, 4, clip_norm=3.0), ema_decay=0.9)
 
 
+def numbers(tree, seed: int):
+    """Random parameters on the host, in no time: of a norm's scale around one, else around zero."""
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        centre = float(mesh.path_name(path).endswith("scale"))
+        return (centre + 0.15 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def teacher(dtype: str = "float32") -> dict:
+    """Its vision tower, on the host."""
+    params = numbers(jax.eval_shape(lambda: init_vit(TEACHER, jax.random.key(0))), 1)
+    return jax.tree.map(lambda x: x.astype(jax.numpy.dtype(dtype)), params)
+
+
+def _state(devices: jax.sharding.Mesh, recipe: Recipe) -> TrainState:
+    shapes = state_shapes(recipe)
+    params = numbers(shapes.params, 2)
+    moments = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes.opt_state)
+    placed = mesh.place(devices, {"params": params, "opt_state": moments, "ema": params})
+    return TrainState(step=mesh.replicate(devices, np.int32(0)), **placed)
+
+
 def train(devices: jax.sharding.Mesh, recipe: Recipe = RECIPE, steps: int = STEPS):
     """(losses, state, frozen, the compiled program's text) of ``steps`` updates."""
     rng, share = np.random.default_rng(0), BATCH // jax.process_count()
     own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     with jax.set_mesh(devices):
-        teacher = jax.jit(lambda: init_vit(TEACHER, jax.random.key(9)))()
-        dtype = jax.numpy.dtype(recipe.task.teacher_dtype)
-        teacher = jax.tree.map(lambda x: np.asarray(x).astype(dtype), teacher)
-        frozen, state = mesh.place(devices, {"vision": teacher}), init_state(recipe, devices)
-        update, losses = None, []
+        frozen = mesh.place(devices, {"vision": teacher(recipe.task.teacher_dtype)})
+        state, update, losses = _state(devices, recipe), None, []
         for _ in range(steps):
             image = rng.integers(0, 256, (BATCH, 32, 32, 3), dtype=np.uint8)[own]
             split = mesh.batch_sharding(devices)

@@ -7,14 +7,13 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from alike import BATCH, CLIP, RECIPE, STUDENT, TASK, TEACHER, train
+from alike import BATCH, CLIP, QUICK, RECIPE, STUDENT, TASK, TEACHER, teacher, train
 from several import Job
 
 from uta_jax import hlo, masking, mesh
 from uta_jax.models import presets
-from uta_jax.models.vit import init_vit
 from uta_jax.objectives import Task
-from uta_jax.step import compile_step, init_state, param_shapes
+from uta_jax.step import compile_step, param_shapes, state_shapes
 
 # What is compared with one device: the mesh, and the parts that each batch is computed in.
 MESHES = {
@@ -102,8 +101,7 @@ def _is_adam(node) -> bool:
 
 def test_the_teacher_is_bitwise_unchanged_and_nowhere_in_the_state(single):
     _, state, frozen, _ = single
-    before = jax.jit(lambda: init_vit(TEACHER, jax.random.key(9)))()
-    jax.tree.map(np.testing.assert_array_equal, frozen["vision"], before)
+    jax.tree.map(np.testing.assert_array_equal, mesh.fetch(frozen["vision"]), teacher())
     arrays = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim]
     students = 4 * [leaf.shape for leaf in jax.tree.leaves(param_shapes(TASK))]
     assert sorted(arrays) == sorted(students)  # parameters, average, two moments
@@ -125,14 +123,14 @@ def test_no_device_works_on_the_whole_batch():
         presets.TextSpec(12, 96, 32, 1, 2, 64, TEACHER.out_dim),
     )
     recipe = replace(RECIPE, task=Task("contrastive", vision, CLIP.mean, CLIP.std, text=text))
+    split = mesh.batch_sharding(devices)
+    arrays = {
+        "image": jax.ShapeDtypeStruct((batch, 32, 32, 3), np.uint8, sharding=split),
+        "text": jax.ShapeDtypeStruct((batch, text.context), np.int32, sharding=split),
+    }
     with jax.set_mesh(devices):
-        arrays = {
-            "image": np.zeros((batch, 32, 32, 3), np.uint8),
-            "text": np.ones((batch, text.context), np.int32),
-        }
-        placed = jax.device_put(arrays, mesh.batch_sharding(devices))
-        step = compile_step(recipe, devices, {})
-        program = step.lower(init_state(recipe, devices), {}, placed).compile().as_text()
+        lowered = compile_step(recipe, devices, {}).lower(state_shapes(recipe), {}, arrays)
+    program = lowered.compile(QUICK).as_text()
     moved = re.findall(r"= \w+\[(\d+)[^ ]* (?:all-gather|all-reduce|all-to-all)", program)
     assert moved  # there are collectives
     assert not {batch * text.context, batch * (1 + vision.tokens)} & set(map(int, moved))
