@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 	  --config.data.path=$(DATA) --config.eval.path=$(DATA)
 	$(BIN)/uta-jax export --workdir=$(RUN) --format=hf --out=$(RUN)/exported --overwrite
 	$(BIN)/uta-jax evaluate --workdir=$(RUN) --exported=$(RUN)/exported --json=$(RUN)/evaluate.json
-	$(BIN)/uta-jax report $(RUN) --json=$(RUN)/summary.json
+	$(BIN)/uta-jax report $(RUN)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -37,6 +37,7 @@ setup(
         "tensorflow-datasets>=4.9.10,<4.10",  # reads and writes ArrayRecord without TensorFlow
         "array_record>=0.8.3,<0.9",
         "pillow>=12,<14",
+        "matplotlib>=3.10,<4",
         "simplejpeg>=1.9,<2",  # libjpeg-turbo
         "cykooz.resizer>=4.0.1,<5",  # SIMD bicubic that frees the GIL
         "pyarrow>=26,<27",

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from uta_jax import UserError
 from uta_jax.checkpoint import Checkpoints, load_run
@@ -119,8 +120,13 @@ def test_the_page_is_whole_in_itself(page, runs):
     for words in (*SECTIONS, "a<b>&c"):
         assert words in found.text
     summary = json.loads(page.with_suffix(".json").read_text())
-    assert summary["first"]["zeroshot teacher"] == 0.9 and summary["first"]["loss"] == -0.8
+    assert summary["first"]["teacher_top1"] == 0.9 and summary["first"]["loss"] == -0.8
     assert summary["first"]["images_per_s"] == 125 and summary["first"]["train_seconds"] == 1.5
+    for run in runs:  # beside the page, in each folder
+        assert json.loads((run / "summary.json").read_text()) == summary[run.name]
+        for name in ("curves.png", "samples.png"):
+            with Image.open(run / name) as picture:
+                assert picture.width > 600
 
 
 def test_only_keys_that_differ_are_shown(page):

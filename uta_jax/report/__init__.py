@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from uta_jax.data.files import output
-from uta_jax.report import figures
+from uta_jax.report import figures, files
 from uta_jax.report.gallery import gallery
 from uta_jax.report.markup import join, tag
 from uta_jax.report.runs import Run, open_runs
@@ -22,6 +22,9 @@ def report(
 ) -> dict[str, dict]:
     """Write the page of one or more runs; prints and returns the summary of each by its name.
 
+    Every workdir gets ``summary.json``, ``curves.png`` and, where its checkpoint and training data
+    can be read, ``samples.png``.
+
     ``out``: the page, by default ``report.html`` in the first workdir; it appears whole or not at
     all. ``json_file``: where the summaries go as well.
 
@@ -33,19 +36,24 @@ def report(
     summaries = {run.name: figures.summary(run) for run in runs}
     with output(out) as file:  # first: what cannot be written is told of before the work
         file.write(page(runs))
+    for run in runs:
+        files.write_summary(run)
+        files.draw_curves(run)
     if json_file:
         with output(json_file) as file:
             file.write(json.dumps(summaries, indent=2) + "\n")
     for name, summary in summaries.items():
         print(name)
         for key, value in summary.items():
-            print(f"  {key:24} {_shown(value)}")
+            print(f"  {key:20} {_shown(key, value)}")
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     return summaries
 
 
-def _shown(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+def _shown(key: str, value: object) -> str:
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.2%}" if key == "chance" or key.endswith("_top1") else f"{value:.4g}"
 
 
 def page(runs: list[Run]) -> str:

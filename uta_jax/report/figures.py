@@ -28,29 +28,42 @@ def chip(run: Run) -> Markup:
     return tag("span", tag("i", class_=f"chip {colour(run.number)}"), run.name)
 
 
+WHOSE = ("teacher", "student", "exported", "chance")
+
+
 def summary(run: Run) -> dict[str, object]:
-    """The figures of a run that one would quote: shares, seconds, the median rate."""
+    """The figures of a run that one would quote: shares, seconds, the median rate.
+
+    Of an evaluator its first figure, as ``student_top1`` (zero-shot), ``student_knn``, ...
+    """
     rates, seconds = [rate for _, rate in run.points("images_per_s")], run.seconds
+    scores = {
+        _quoted(name, whose): x for name in EVALUATORS for whose, x in best(run, name).items()
+    }
     return {
+        **scores,
+        "images_per_s": float(np.median(rates)) if rates else None,
+        "train_seconds": seconds["step"] if seconds else None,
+        "export_dir": run.judged.get("export_dir", ""),
         "step": run.step,
         "ended": run.ended,
         "loss": run.last("loss"),
-        **{f"{name} {whose}": x for name in EVALUATORS for whose, x in best(run, name).items()},
-        "images_per_s": float(np.median(rates)) if rates else None,
-        "train_seconds": seconds["step"] if seconds else None,
     }
+
+
+def _quoted(evaluator: str, whose: str) -> str:
+    if evaluator != "zeroshot":
+        return f"{whose}_{evaluator}"
+    return whose if whose == "chance" else f"{whose}_top1"
 
 
 def best(run: Run, name: str) -> dict[str, float]:
     """The first figure of an evaluator, of whoever it was found of; {} where it did not run."""
     figure, judged = EVALUATORS[name].headline[0], run.judged.get(name, {})
-    found = {
-        whose: judged[whose][figure]
-        for whose in ("teacher", "exported", "chance")
-        if figure in judged.get(whose, {})
-    }
+    found = {whose: judged[whose][figure] for whose in WHOSE if figure in judged.get(whose, {})}
     values = [row[key] for row in run.scores().values() if (key := f"{name}/{figure}") in row]
-    return ({"student": values[-1]} if values else {}) | found
+    student = {"student": values[-1]} if values else {}
+    return {w: (found | student)[w] for w in WHOSE if w in found | student}
 
 
 def cards(runs: list[Run]) -> Markup:

@@ -1,6 +1,7 @@
 """The pictures of a run as sections of the page."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from uta_jax.evals import FEATURES
 from uta_jax.pictures import crops, judged
 from uta_jax.pictures.colour import class_colour
 from uta_jax.pictures.judged import Judged
+from uta_jax.report import files
 from uta_jax.report.markup import Markup, join, missing, picture, table, tag
 from uta_jax.report.runs import Run
 
@@ -24,7 +26,7 @@ def gallery(run: Run) -> Markup:
         seen = Judged(saved, run.workdir / FEATURES) if saved.config.eval.path else None
     except UserError as error:
         return missing(f"No pictures: {error}")
-    parts = {"Crops and features by patch": lambda: _crops(saved)}
+    parts = {"Crops and features by patch": lambda: _crops(saved, run.workdir)}
     if seen:
         parts |= {
             "Dense zero-shot": lambda: _scenes(seen),
@@ -44,8 +46,9 @@ def _tried(part: Callable[[], Markup]) -> Markup:
         return missing(f"Not shown: {error}")
 
 
-def _crops(saved) -> Markup:
+def _crops(saved, workdir: Path) -> Markup:
     found = crops.pictured(saved, CROPS)
+    files.draw_samples(found, workdir)
     rows = [
         [row.title, *(picture(p, row.title, row.is_map) for p in row.pictures)]
         for row in found.rows
