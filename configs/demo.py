@@ -37,6 +37,7 @@ def get_config():
     c.train.log_every = 20
     c.train.eval_every = 300
     c.train.save_every = 300
+    c.train.panels = 8
     c.eval.path = "data/emoji_scenes"
     c.eval.templates = ("{}", "a {}")
     c.eval.captions.split = c.eval.masks.split = "val_scenes"  # for retrieval and dense

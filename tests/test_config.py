@@ -343,3 +343,13 @@ def test_a_config_from_before_a_key_existed_gets_its_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     again = load_config(tmp_path / "config.json")
     assert (again.optim.lr, again.optim.ema_decay) == (0.5, 0.0)
+
+
+def test_a_project_needs_its_package(monkeypatch):
+    c = default_config()
+    c.train.steps, c.data.path, c.teacher.path, c.train.wandb = 1, "data", "asset:tiny_clip", "mine"
+    monkeypatch.setattr("uta_jax.config.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="config.train.wandb=mine .*: pip install wandb"):
+        check(c)
+    monkeypatch.setattr("uta_jax.config.find_spec", lambda name: name)
+    check(c)

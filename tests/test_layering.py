@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Modules and packages in order: each imports only what stands above it.
 MODULES = (
     "__init__",
+    "allocator",
     "lifeline",
     "places",
     "processes",
@@ -39,11 +40,16 @@ MODULES = (
     "checkpoint",
     "evals",
     "embed",
+    "pictures",
     "runlog",
     "train",
     "replay",
     "hlo",
+    "chips",
+    "flops",
+    "fitting",
     "plan",
+    "publish",
     "report",
     "actions",
     "commands",
@@ -58,7 +64,9 @@ CONFIGURED = {
     "checkpoint",
     "train",
     "replay",
+    "fitting",
     "plan",
+    "report",
 }
 TORCH = {"torch", "torchvision", "transformers", "open_clip", "timm"}
 

@@ -1,8 +1,15 @@
 """The record of a run."""
 
+import io
 import json
+import struct
+import sys
+import types
 
+import numpy as np
 import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 
 from uta_jax import UserError
 from uta_jax.metrics import Meter, Writer, read
@@ -31,6 +38,43 @@ def test_a_row_without_its_newline_counts(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}')
     assert read(path) == [{"step": 1}, {"step": 2}]
+
+
+class Events:
+    """What a TensorBoard file of ``folder`` holds: (step, tag, value) of every summary."""
+
+    def __init__(self, folder):
+        (path,) = folder.glob("events.out.tfevents.*")
+        data, self.found = path.read_bytes(), []
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            self.found += [(event.step, value.tag, value) for value in event.summary.value]
+
+
+def test_pictures_go_to_the_boards_and_nowhere_else(tmp_path, monkeypatch):
+    """Weights & Biases by what it is told."""
+    told = []
+
+    def init(**options):
+        log = types.SimpleNamespace(log=lambda values, step: told.append((step, values)))
+        log.finish = lambda: told.append(options)
+        return log
+
+    fake = types.SimpleNamespace(init=init, Image=lambda pixels: pixels.shape)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    writer = Writer(tmp_path, 0, wandb="project")
+    pixels = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    writer.write(3, {"loss": 0.5, "ended": "complete"})
+    writer.picture(3, "pictures", pixels)
+    writer.close()
+    (_, _, loss), (step, tag, shown) = Events(tmp_path).found
+    assert loss.simple_value == 0.5 and (step, tag) == (3, "pictures")
+    image = Image.open(io.BytesIO(shown.image.encoded_image_string))
+    assert np.array_equal(np.asarray(image), pixels)
+    assert told[:2] == [(3, {"loss": 0.5}), (3, {"pictures": (5, 7, 3)})]
+    assert (told[2]["project"], told[2]["name"]) == ("project", tmp_path.name)
+    assert [row.keys() for row in read(tmp_path / "metrics.jsonl")] == [{"step", "loss", "ended"}]
 
 
 @pytest.mark.parametrize("bad", ['{"step": 2, "lo', "", "12", "[]", '{"loss": 1.0}', "\0\0"])

@@ -2,19 +2,24 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from uta_jax import hlo, plan
+from uta_jax import UserError, chips, fitting, flops, hlo, objectives, plan
 from uta_jax.__main__ import main
+from uta_jax.config import default_config
 from uta_jax.masking import Mask
 from uta_jax.mesh import make_mesh
 from uta_jax.models.presets import CLIP, VIT
+from uta_jax.models.vit import Seen
 from uta_jax.objectives import Task
 from uta_jax.optimizer import AdamW
 from uta_jax.step import Recipe, train_step
@@ -68,17 +73,16 @@ ENTRY %main (p: s32[]) -> s32[] {
     assert hlo.read(text).cycles == 1000 + 2 * (100 + 3 * 7)
 
 
-def test_flops_by_formula_are_those_of_xla():
-    """Towers of one block, whose loop XLA counts rightly; the formula counts products alone."""
-    small, batch = recipe(depth=1), 8
-    mesh = make_mesh(1, 1, devices=jax.devices()[:1])
-    state = plan._placed(plan.state_shapes(small), plan.state_shardings(small, mesh))
-    arguments = state, plan._frozen(small, mesh), plan._inputs(small, mesh, batch)
-    step = jax.jit(lambda s, f, b: train_step(s, f, b, recipe=small))
-    with jax.set_mesh(mesh):
-        counted = step.lower(*arguments).compile().cost_analysis()["flops"]
-    formula = batch * sum(plan.flops_per_image(small))
-    assert formula < counted < 1.25 * formula  # the rest: softmax, norms, AdamW, at width 128
+def test_flops_by_xlas_count_are_those_of_the_formula():
+    """Without remat at most 1.03 times the formula, teacher and student each; no loop hides any."""
+    spec = replace(VIT["uta_tiny"], width=512, heads=8, mlp_hidden=1365)
+    teacher = replace(TINY, vision=replace(TINY.vision, width=512, heads=8, mlp_hidden=2048))
+    small = recipe()
+    for remat in ("none", "full"):  # what a recipe computes again is not counted
+        task = replace(small.task, student=spec, teacher=teacher, remat=remat)
+        found = flops.by_xla(replace(small, task=task), batch=64)
+        for counted, formula in zip(found, flops.by_formula(task), strict=True):
+            assert formula < counted <= 1.03 * formula
 
 
 def test_memory_by_part_adds_up():
@@ -96,6 +100,34 @@ def test_memory_by_part_adds_up():
     assert set(found.collectives) >= {"all-gather"} and found.cycles == 0
 
 
+def peak_bytes(recipe, frozen):
+    """Of the compiled step on one device, by XLA's buffers."""
+    arguments = plan.state_shapes(recipe), frozen, flops.batch_shapes(recipe.task, 8)
+    step = jax.jit(partial(train_step, recipe=recipe), donate_argnums=0)
+    memory = step.lower(*arguments).compile().memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+def test_the_teacher_adds_its_parameters_and_one_layer_of_activations(monkeypatch):
+    """And neither a gradient nor anything kept for one: of each layer, or of the parameters."""
+    vision = replace(TINY.vision, depth=12, width=256, heads=8, mlp_hidden=1024)
+    small = recipe()
+    small = replace(small, task=replace(small.task, teacher=replace(TINY, vision=vision)))
+    frozen = flops.frozen_shapes(small.task)
+    with_teacher = peak_bytes(small, frozen)
+    # The same step, whose targets are read instead.
+    monkeypatch.setattr(objectives, "run_teacher", lambda f, *_, **__: Seen(f["target"], 0, 0))
+    monkeypatch.setattr(objectives, "_projected", lambda frozen, tokens, *_: tokens)
+    target = jax.ShapeDtypeStruct((8, 1 + 32, vision.out_dim), jnp.float32)
+    without = peak_bytes(small, {"target": target})
+    teacher = sum(x.size * 4 for x in jax.tree.leaves(frozen))
+    tokens = 8 * (1 + vision.tokens)  # of the batch: q, k, v, their product, input, and the MLP
+    layer = 4 * tokens * (6 * vision.width + vision.mlp_hidden)
+    print(with_teacher, without, teacher, layer)
+    assert with_teacher == pytest.approx(without + teacher + layer, rel=0.1)
+    assert teacher > 0.3 * with_teacher  # that is what a gradient would add
+
+
 def test_the_most_that_fits_is_found_by_few_compilations():
     """Against a chip that takes 100 images, and an estimate that is wrong in both directions."""
     found, probes = plan.compile_plan(recipe(), make_mesh(8, 1), "cpu:8", 64, price=0.0), []
@@ -106,10 +138,10 @@ def test_the_most_that_fits_is_found_by_few_compilations():
         def compiled(batch, guess=guess):
             probes.append(batch)
             if batch > 100:
-                raise plan.DoesNotFit("too much")
+                raise fitting.DoesNotFit(2e9, 1e9)
             return replace(found, batch_per_chip=batch, largest_batch_per_chip=guess(batch))
 
-        best = plan.largest_that_fits(compiled)
+        best = fitting.largest_that_fits(compiled)
         assert best.batch_per_chip == max(n for n in probes if n <= 100) >= 56
         assert len(probes) <= 6
 
@@ -117,8 +149,11 @@ def test_the_most_that_fits_is_found_by_few_compilations():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology=v9:4x4"], "v9:4x4: not known; give a kind of v5e, v5p, v6e or cpu"),
-        (["--topology=v5e"], "v5e: not known"),
+        (["--topology=v9:4x4"], "v9:4x4: not known; there are v5e or v6e:SHAPE of 1x1, 2x2,"),
+        (["--topology=v5e"], "v5e: not known; there are"),
+        (["--topology=v5e:3x5"], "v5e:3x5: not known; there are"),
+        (["--topology=gpu:h100"], "gpu:KINDxN with KIND of a100, h100"),
+        (["--topology=gpu:h100x999"], "this process has 8 CPU devices"),
         (["--topology=cpu:999"], "this process has 8 CPU devices"),
         (["--topology=cpu:8", "--compare=student.remat=some"], "student.remat=some is not allowed"),
         (["--topology=cpu:8", "--config.mesh.fsdp=3"], "must multiply to the 8 devices"),
@@ -155,9 +190,86 @@ def test_a_tpu_slice_that_is_not_here(tmp_path):
     assert figures["cycles"] > 0 and 0 < figures["mfu"] < 1
     assert figures["collectives"]["all-gather"] > 0
     assert done.stderr == ""  # the library's own noise would drown a mistake
-    options[0] = "--batch-per-chip=20000"
-    much = subprocess.run(
-        [*command, *options], env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True
+
+
+TOO_MUCH = """
+import jax, jax.numpy as jnp
+from uta_jax import chips, plan
+one = jax.sharding.SingleDeviceSharding(chips.devices("v5e:2x4")[0])
+much = jax.ShapeDtypeStruct((2**25, 512), jnp.float32, sharding=one)  # 64 GiB
+plan._compile(jax.jit(lambda x: x + 1).lower(much))
+"""
+
+
+def test_what_the_tpu_compiler_refuses_is_told_in_figures():
+    """By what it can use of a chip: more than the 16e9 bytes that one is sold by."""
+    pytest.importorskip("libtpu")
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", TOO_MUCH], env=environment, capture_output=True, text=True
     )
-    assert much.returncode == 2 and much.stderr.count("\n") == 1, much.stderr[-2000:]
-    assert "GB too much: try --batch-per-chip=max or" in much.stderr
+    assert re.search(r"DoesNotFit: .* least 137.44 GB of the 16.91 GB of a chip", done.stderr)
+    assert chips.TPUS["v5e"].memory == pytest.approx(16.91e9, rel=1e-3)
+
+
+def fit_of(needs, moment_bytes=4e9, has=16e9):
+    """A step of 2 GB + 2 GB of moments by fsdp + what remat keeps, on 8 chips; and ``held``."""
+    probes = []
+
+    def held(config):
+        if config.mesh.fsdp > 8:
+            raise UserError("no divisor")
+        return 2e9 + moment_bytes / config.mesh.fsdp
+
+    def compiled(config, per_chip):
+        probes.append(per_chip)
+        used = held(config) + per_chip * needs[config.student.remat]
+        if used > has:
+            raise fitting.DoesNotFit(used, has)
+        return SimpleNamespace(peak_bytes=used)
+
+    return compiled, held, probes
+
+
+@pytest.mark.parametrize(
+    ("moments", "needs", "expected", "compilations"),
+    [
+        # 32 images of 0.5 GB: 16 and 2 + 4 GB.
+        (
+            4e9,
+            {"names": 0.5e9, "full": 0.1e9},
+            "compiled, --batch-per-chip=16 (14.00 GB) or --config.student.remat=full (9.20 GB) "
+            "fits",
+            2,
+        ),
+        (
+            12e9,
+            {"names": 0.3e9, "full": 0.29e9},
+            "compiled, --config.mesh.fsdp=4 (14.60 GB) or --batch-per-chip=6 (15.80 GB) fits; "
+            "does not: --config.student.remat=full (23.28 GB)",
+            3,
+        ),
+        (
+            80e9,
+            {"names": 0.1e9, "full": 0.01e9},
+            "compiled, --config.mesh.fsdp=8 (15.20 GB) fits; neither batch nor remat can: state "
+            "and teacher alone take 82.00 GB",
+            1,
+        ),
+        (
+            8e11,
+            {"names": 0.1e9, "full": 0.01e9},
+            "nothing tried fits; neither batch nor remat can: state and teacher alone take 802.00 "
+            "GB",
+            0,
+        ),
+    ],
+)
+def test_what_would_make_a_step_fit_is_compiled(moments, needs, expected, compilations):
+    compiled, held, probes = fit_of(needs, moments)
+    config = default_config()
+    with pytest.raises(fitting.DoesNotFit, match="GB too much") as error:
+        compiled(config, 32)
+    probes.clear()
+    assert fitting.what_would_fit(error.value, config, 32, compiled, held) == expected
+    assert len(probes) == compilations

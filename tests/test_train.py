@@ -14,7 +14,8 @@ from uta_jax.checkpoint import Checkpoints, load_params, load_run
 from uta_jax.config import default_config
 from uta_jax.evals import evaluate
 from uta_jax.interop.teacher import load_clip
-from uta_jax.report import export_run, report
+from uta_jax.publish import export_run
+from uta_jax.report import report
 from uta_jax.runlog import NotFinite
 
 STEPS = 6
@@ -98,10 +99,21 @@ def test_interrupted_anywhere_and_resumed_is_the_uninterrupted_run(
     assert any(leaf.any() for leaf in jax.tree.leaves(whole.opt_state) if leaf.ndim)
 
 
-def test_train_evaluate_export_report(config, scenes, tmp_path, teacher_dir, capsys):
+def test_train_evaluate_export_report(config, tmp_path, teacher_dir, monkeypatch):
     workdir, exported = tmp_path / "run", tmp_path / "exported"
     before = load_clip(teacher_dir)
+    config.train.panels, config.train.eval_every = 2, 3
+    drawn = []
+    monkeypatch.setattr(
+        training.Log, "pictured", lambda self, step, panel: drawn.append((step, panel))
+    )
     figures = training.train(config, workdir)
+    # Crop, what was seen, cosine, two kinds of features; at the start and with evaluations.
+    assert [(step, panel.shape) for step, panel in drawn] == [
+        (step, (5 * 68 - 4, 2 * 68 - 4, 3)) for step in (0, 3, 6)
+    ]
+    crops, later = [panel[: 2 * 68] for _, panel in drawn[:2]], drawn[2][1]
+    assert np.array_equal(*crops) and not np.array_equal(later, drawn[0][1])
     assert {"loss", "images_per_s", "zeroshot/top1"} <= figures.keys()
     export_run(workdir, "hf", exported)
     scores = evaluate(workdir, exported=str(exported), json_file=str(tmp_path / "scores.json"))
@@ -109,12 +121,11 @@ def test_train_evaluate_export_report(config, scenes, tmp_path, teacher_dir, cap
     scores = scores["zeroshot"]
     assert scores["student"]["n"] == 128
     assert abs(scores["student"]["top1"] - scores["exported"]["top1"]) <= 1 / 128
-    summary = report(workdir)
+    summary = report([workdir], json_file=workdir / "summary.json")
     assert json.loads((workdir / "summary.json").read_text()) == summary
-    assert summary["exported_top1"] == scores["exported"]["top1"]
-    assert summary["train_seconds"] > 0 and summary["chance"] == 1 / 128
-    for picture in ("samples.png", "curves.png"):
-        assert (workdir / picture).stat().st_size > 10_000
+    assert summary["run"]["zeroshot exported"] == scores["exported"]["top1"]
+    assert summary["run"]["train_seconds"] > 0 and summary["run"]["zeroshot chance"] == 1 / 128
+    assert (workdir / "report.html").read_text().count("<img") > 100
     # The exported text tower and scale are the teacher's own, bit for bit.
     after = load_clip(exported)
     jax.tree.map(np.testing.assert_array_equal, after.params["text"], before.params["text"])

@@ -4,7 +4,7 @@ import argparse
 import os
 
 from uta_jax import UserError
-from uta_jax.actions import ACTIONS, OUT, Command
+from uta_jax.actions import ACTIONS, JSON, OUT, Command
 from uta_jax.config_files import read_config
 
 
@@ -55,17 +55,17 @@ def _convert(args, _):
 
 
 def _export(args, _):
-    from uta_jax import processes, report
+    from uta_jax import processes, publish
 
     if bool(args.workdir) == bool(args.model):
         raise UserError("give either --workdir (a run) or --model (a directory or file)")
     options = {name: getattr(args, name) for name in ("overwrite", "dtype", "licence", "home")}
     if args.workdir:
         with processes.started():
-            report.export_run(args.workdir, args.format, args.out, **options)
+            publish.export_run(args.workdir, args.format, args.out, **options)
             processes.gather("written", None)
     else:
-        report.export_model(args.model, args.format, args.out, preset=args.preset, **options)
+        publish.export_model(args.model, args.format, args.out, preset=args.preset, **options)
 
 
 def _embed(args, _):
@@ -80,10 +80,11 @@ def _embed(args, _):
 def _plan(args, overrides):
     # Before JAX looks for devices: the plan is made on the CPU, for whatever slice.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    kind, _, count = args.topology.partition(":")
-    if kind == "cpu" and count.isdigit() and int(count):
-        os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={count}")
+    from uta_jax.chips import host_count
     from uta_jax.plan import plan
+
+    if count := host_count(args.topology):
+        os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={count}")
 
     key, _, values = args.compare.partition("=")
     variants = [f"--config.{key}={value}" for value in values.split(",")] if key else [""]
@@ -109,7 +110,7 @@ def _report(args, _):
     from uta_jax.report import report
 
     processes.refuse_several("report")
-    report(args.workdir)
+    report(args.workdirs, args.out or "", args.json or "")
 
 
 _WORKDIR = ("--workdir", {"required": True, "help": "directory of a training run"})
@@ -159,7 +160,7 @@ COMMANDS = {
             ("--eval", {"nargs": "+", "default": (), "metavar": "NAME",
                         "help": "what to measure (default: config.eval.names of the run)"}),
             ("--exported", {"help": "also this exported Hugging Face directory, run in PyTorch"}),
-            ("--json", {"help": "write the same figures to this file"}),
+            JSON,
         ),
         _evaluate,
     ),
@@ -277,7 +278,8 @@ COMMANDS = {
             ("--config", {"required": True, "help": "a recipe; --config.KEY=VALUE as in train"}),
             (
                 "--topology",
-                {"required": True, "help": "v5e:4x4, v5e:16x16, v5p:4x4x4, v6e:8x8 ... or cpu:N"},
+                {"required": True, "help": "v5e:4x4, v5p:4x4x4, v6e:8x8 ...; gpu:h100x8 ... (a "
+                 "roofline); or cpu:N"},
             ),
             (
                 "--batch-per-chip",
@@ -295,14 +297,18 @@ COMMANDS = {
                 {"type": int, "default": 14_197_122, "help": "length of the training set, for "
                  "recipes in epochs (default: ImageNet-21k)"},
             ),
-            ("--json", {"help": "write the same figures to this file"}),
+            JSON,
         ),
         _plan,
     ),
     "report": Command(
-        "Pictures and a summary of a run: samples.png, curves.png, summary.json.",
-        "uta-jax report --workdir=runs/demo",
-        (_WORKDIR,),
+        "One or more runs as an HTML page whole in itself: curves, evaluations, time, pictures.",
+        "uta-jax report runs/demo runs/other --out=both.html",
+        (
+            ("workdirs", {"nargs": "+", "metavar": "WORKDIR", "help": "of training runs"}),
+            ("--out", {"help": "the page (default: report.html in the first WORKDIR)"}),
+            JSON,
+        ),
         _report,
     ),
 }  # fmt: skip

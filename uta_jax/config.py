@@ -8,6 +8,7 @@ read, compiled or written.
 
 import math
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import jax
 from ml_collections import ConfigDict
@@ -99,6 +100,10 @@ def _add_run(c: ConfigDict) -> None:
     c.train.save_every = 500  # steps; the last step is always saved
     c.train.keep = 2  # newest checkpoints that are kept
     c.train.timeout_s = 1800.0  # seconds; a longer update, evaluation or save ends the run
+    c.train.panels = 0  # crops pictured on the boards, at the start and with evaluations; 0: none
+    c.train.wandb = (
+        ""  # project at Weights & Biases that figures and panels go to as well; "": none
+    )
     c.train.keep_every = 0  # steps; saved multiples of it are kept as well; 0: none
     c.train.resume = "auto"  # must: refuse to start anew; never: refuse to go on
     c.train.max_bad_steps = 3  # updates in a row that are not finite: the run stops
@@ -199,6 +204,11 @@ _RULES = {
     "processes.start_s": _POSITIVE,
     "processes.heartbeat_s": _between(1, math.inf, "a number of seconds >= 1"),
     "processes.shutdown_s": _POSITIVE,
+    "train.panels": _COUNT_OR_0,
+    "train.wandb": (
+        (lambda v: not v or find_spec("wandb") is not None),
+        '"", or a project once the package is installed: pip install wandb',
+    ),
     "train.keep_every": _COUNT_OR_0,
     "train.resume": _one_of(("auto", "must", "never")),
     "train.max_bad_steps": _COUNT,

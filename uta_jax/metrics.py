@@ -1,24 +1,27 @@
-"""Where numbers go: ``metrics.jsonl`` (the truth), TensorBoard, and the progress bar."""
+"""Where numbers go: ``metrics.jsonl`` (the truth), boards, and the progress bar."""
 
+import hashlib
 import json
 import os
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from uta_jax import UserError
 
 
 class Writer:
-    """Appends one JSON object a call to ``metrics.jsonl`` and mirrors it to TensorBoard.
+    """Appends one JSON object a call to ``metrics.jsonl`` and mirrors it to the boards.
 
-    What a resumed run is about to compute again is cut from the file first, so that each step
-    stands in it once. TensorBoard is told the same by its own ``purge_step``.
+    Boards are TensorBoard and, where a project is named, Weights & Biases. What a resumed run is
+    about to compute again is cut from the file first, so that each step stands in it once.
+    TensorBoard is told the same by its own ``purge_step``.
     """
 
-    def __init__(self, workdir: Path, start_step: int):
+    def __init__(self, workdir: Path, start_step: int, wandb: str = ""):
         path = Path(workdir) / "metrics.jsonl"
         kept = [row for row in read(path) if row["step"] <= start_step]
         # The file is the only copy: it is replaced whole, so that no kill can leave half of it.
@@ -28,19 +31,51 @@ class Writer:
         self._file = path.open("a", buffering=1)
         from tensorboardX import SummaryWriter  # here: it imports PyTorch where that is installed
 
-        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1)
+        self._boards = [SummaryWriter(str(workdir), purge_step=start_step + 1)]
+        if wandb:
+            self._boards.append(_Wandb(workdir, wandb))
 
     def write(self, step: int, values: dict[str, float | list[float] | str]) -> None:
         """Record ``values`` as of update ``step`` (1-based); all but numbers in the file alone."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+                for board in self._boards:
+                    board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, pixels_hwc: np.ndarray) -> None:
+        """Show a picture, uint8 [h, w, 3], on the boards."""
+        for board in self._boards:
+            board.add_image(name, pixels_hwc, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close all."""
         self._file.close()
-        self._board.close()
+        for board in self._boards:
+            board.close()
+
+
+class _Wandb:
+    """Weights & Biases behind the few methods of a ``SummaryWriter``; a workdir is one run."""
+
+    def __init__(self, workdir: Path, project: str):
+        import wandb
+
+        path = Path(workdir).resolve()
+        name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+        self._make_image = wandb.Image
+        self._run = wandb.init(
+            project=project, dir=str(path), name=path.name, id=name, resume="allow"
+        )
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._run.log({name: value}, step=step)
+
+    def add_image(self, name: str, pixels: np.ndarray, step: int, dataformats: str) -> None:
+        self._run.log({name: self._make_image(pixels)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def read(path: Path) -> list[dict]:

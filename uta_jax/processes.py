@@ -24,7 +24,7 @@ import jaxlib
 import numpy as np
 from jax.sharding import Mesh
 
-from uta_jax import UserError, __version__
+from uta_jax import UserError, __version__, allocator
 from uta_jax.lifeline import END, LOOPBACK, Lifeline, Member, call_the_roll, end_process
 from uta_jax.places import Place, find_place
 
@@ -153,25 +153,11 @@ def settle(platform: str = "") -> None:
     """
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or _line is not None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    _set_allocator(_KEEP_FREED)
+    # Before JAX starts its threads; but only JAX knows whether this is a CPU.
+    allocator.keep_all()
     check_platform(platform)
     if jax.default_backend() != "cpu":
-        _set_allocator(_AS_EVER)
-
-
-# On CPU the C allocator is to keep what XLA frees after each step: glibc hands large blocks back to
-# the kernel, and the next step faults every page in again, which costs small models more than their
-# arithmetic. It must be told before JAX starts, whose threads otherwise take arenas of their own,
-# which no option keeps from giving back; but only JAX knows whether this is a CPU.
-# M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
-_KEEP_FREED = ((-4, 0), (-1, 2**31 - 1), (-8, 1))
-_AS_EVER = ((-4, 65536), (-1, 128 * 1024), (-8, 0))
-
-
-def _set_allocator(options: tuple[tuple[int, int], ...]) -> None:
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for option, value in options:
-            libc.mallopt(option, value)
+        allocator.as_ever()
 
 
 def check_platform(platform: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from uta_jax import UserError, ledger, metrics, processes
 from uta_jax.evals import is_scored
@@ -27,6 +28,7 @@ class Plan(NamedTuple):
     every: int  # steps between rows
     batch_size: int
     max_bad_steps: int  # in a row
+    wandb: str = ""  # project; "": none
 
 
 class _Pending(NamedTuple):
@@ -51,7 +53,7 @@ class Log:
         self.has_scores = processes.gather("scores", scored)[0]
         if saved:
             self._carry_on(saved, rows, step)
-        self._writer = Writer(workdir, step) if processes.is_first() else None
+        self._writer = Writer(workdir, step, plan.wandb) if processes.is_first() else None
         self._meter = Meter(plan.batch_size)
         self._bar = progress_bar(plan.total, step, shown=processes.is_first())
 
@@ -148,6 +150,11 @@ class Log:
             self._write(step, scores)
             line = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
             self.say(f"step {step}: {line}")
+
+    def pictured(self, step: int, panel: np.ndarray) -> None:
+        """Show a panel of pictures, uint8 [h, w, 3], on the boards."""
+        if self._writer:
+            self._writer.picture(step, "pictures", panel)
 
     def ended(self, step: int, how: str) -> None:
         """Record where the time went, as the last row, and print it."""

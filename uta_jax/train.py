@@ -41,6 +41,7 @@ from uta_jax.interop.teacher import load_clip, read_spec
 from uta_jax.ledger import Ledger
 from uta_jax.lifetime import Agreement, Interrupted, Signals, is_first
 from uta_jax.objectives import OBJECTIVES
+from uta_jax.pictures.panels import make_panel
 from uta_jax.runlog import Log, Plan
 from uta_jax.step import Recipe, TrainState, compile_step, init_state, state_shapes
 from uta_jax.watchdog import Watchdog
@@ -56,6 +57,7 @@ class Run:
     workdir: Path
     frozen: dict  # the teacher's vision tower, on the devices; {} without a teacher
     evaluate: Callable[[TrainState], dict[str, float]]
+    panel: Callable[[dict], np.ndarray] | None  # of the student's tower
     provenance: dict  # of the teacher; saved with every checkpoint
     signals: Signals
     agreement: Agreement
@@ -138,9 +140,11 @@ def prepare(
         params, provenance = teacher.params, teacher.provenance
     agreement = Agreement(signals)
     evaluate = make_evaluator(config, recipe, mesh, params, agreement.interruptible)
+    panel = make_panel(config, recipe.task, mesh, frozen)
     return Run(
-        config, recipe, mesh, workdir, frozen, evaluate, provenance, signals, agreement, times
-    )
+        config, recipe, mesh, workdir, frozen, evaluate, panel, provenance, signals, agreement,
+        times,
+    )  # fmt: skip
 
 
 def cast(params: dict, dtype: str) -> dict:
@@ -185,7 +189,7 @@ def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
     )  # checks the data, reads none yet
     plan = Plan(
         run.recipe.optim.total_steps, run.config.train.log_every, run.config.data.batch_size,
-        run.config.train.max_bad_steps,
+        run.config.train.max_bad_steps, run.config.train.wandb,
     )  # fmt: skip
     try:
         state, saved = _start(run, checkpoints)
@@ -200,6 +204,8 @@ def _train(run: Run, checkpoints: Checkpoints, source) -> dict[str, float]:
                 _evaluate(run, state, step, log)  # lost to the interruption
                 if log.stop:
                     _stop(run, step, log, checkpoints)
+            if not saved:
+                _picture(run, state, 0, log)
             with run.times.of("step"):
                 limit = run.config.train.timeout_s
                 with Watchdog(limit, "config.train.timeout_s") as watchdog:
@@ -309,6 +315,15 @@ def _evaluate(run: Run, state: TrainState, step: int, log: Log) -> None:
             log.scored(step, run.evaluate(state))
         except Interrupted:
             log.stop = True
+    if not log.stop:
+        _picture(run, state, step, log)
+
+
+def _picture(run: Run, state: TrainState, step: int, log: Log) -> None:
+    """What the student makes of the same few crops, where it is asked for."""
+    if run.panel:
+        with log.aside("eval"):
+            log.pictured(step, run.panel((state.ema or state.params)["vision"]))
 
 
 def _save(run: Run, state, loader: TrainLoader, log: Log, checkpoints: Checkpoints) -> int:

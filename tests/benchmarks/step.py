@@ -39,14 +39,13 @@ import torch
 from torch_uta import TorchStep, count_flops
 
 from uta_jax import config as configs
+from uta_jax import flops, processes
 from uta_jax import mesh as meshes
-from uta_jax import processes
 from uta_jax.config_files import read_config
 from uta_jax.interop.teacher import load_clip
 from uta_jax.models.presets import CLIP
 from uta_jax.models.vit import init_vit
 from uta_jax.objectives import alignment_loss, student_input, teacher_tokens
-from uta_jax.plan import flops_per_image
 from uta_jax.step import Recipe, compile_step, init_state
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +169,7 @@ def benchmark(size: str, dtype: str, rounds: int, seconds: float) -> dict:
         "threads": int(os.environ["NPROC"]),
         "difference": check_equal(ours, theirs, images[0]),
         "gflop_per_image": {
-            "formula": round(sum(flops_per_image(recipe)) / 1e9, 4),
+            "formula": round(sum(flops.by_formula(recipe.task)) / 1e9, 4),
             "torch": round(count_flops(theirs, images[0]) / batch / 1e9, 4),
         },
     }

@@ -20,7 +20,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from uta_jax import UserError
+from uta_jax import UserError, allocator
 from uta_jax.data.decode import decode, decode_jpeg, jpeg_size
 from uta_jax.data.examples import random_at
 from uta_jax.data.files import output
@@ -107,6 +107,7 @@ def bench(
     for name, value in (("image_size", image_size), ("workers", workers)):
         if value < 1:
             raise UserError(f"--{name}={value}: must be 1 or more")
+    allocator.keep_blocks()  # as in a worker
     with ExitStack() as stack:
         json_out = stack.enter_context(output(json_file)) if json_file else None
         if source is None:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from uta_jax import UserError
+from uta_jax import UserError, allocator
 
 SLOTS = 3  # batches under way at once
 # What each worker is doing, in shared memory, so that its last words survive it.
@@ -250,13 +250,10 @@ def _cause(code: int | None) -> str:
 def _start(fds: list[int], memory: int, shape: tuple[int, ...]) -> subprocess.Popen:
     """The interpreter: our import path, one thread for every numerical library, no accelerator."""
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    # glibc would hand an image's memory back to the kernel, to be paged in and cleared again for the
-    # next one: a quarter of a worker's time. Blocks over 32 MB it still does.
-    keep = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**27)}
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     code = "from uta_jax.data.processes import template; template()"
     argv = [sys.executable, "-P", "-c", code, json.dumps([fds, memory, shape])]
-    environment = os.environ | one | keep | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | one | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(argv, pass_fds=[*fds, memory], env=environment)
 
 
@@ -279,6 +276,7 @@ def template() -> None:
     """The interpreter that forks the workers and lives as long as this process's end is open."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the trainer decides when its workers end
+    allocator.keep_blocks()
     fds, memory, shape = json.loads(sys.argv[1])
     control, pairs = Connection(fds[0]), list(zip(fds[1::2], fds[2::2], strict=True))
     try:

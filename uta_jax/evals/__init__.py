@@ -205,15 +205,15 @@ def table(figures: dict) -> str:
 
 def _row(found: dict[str, float], shown: list[str], widths: list[int]) -> str:
     cells = [
-        f"{_cell(figure, found.get(figure)):>{width}}"
+        f"{as_text(figure, found.get(figure)):>{width}}"
         for figure, width in zip(shown, widths, strict=True)
     ]
     count = found.get("n", found.get("n_images", ""))
     return f"{'  '.join(cells)}  {count:>6}".rstrip()
 
 
-def _cell(figure: str, value: float | None) -> str:
-    """Shares in percent; cosines, CKA and C as they are."""
+def as_text(figure: str, value: float | None) -> str:
+    """Shares in percent; cosines, CKA and C as they are; "" for None."""
     if value is None:
         return ""
     return f"{value:.4g}" if figure.startswith(("cos", "cka", "C")) else f"{value:.2%}"

@@ -48,17 +48,26 @@ class Scene(NamedTuple):
 def run(params: dict, frozen: dict, cfg: Setting) -> dict[str, float]:
     """miou, pixel_accuracy (shares), n, and ``class/NUMBER NAME``: the IoU of each class."""
     del frozen
-    source = cfg.data("masks")
-    needs(source, "mask", "config.eval.masks")
-    classes = class_names(source, cfg.eval.classnames)
-    weights_ce, confusion = classifier(params["text"], cfg, classes), 0
-    vision, count = cfg.features.placed(params["vision"]), 0
-    encode = partial(_cosines, vision, jnp.asarray(weights_ce), spec=cfg.spec)
-    for scene, cosine_wggc in _scored(_scenes(source, cfg), encode, cfg):
-        predicted = predict(scene, cosine_wggc)
-        confusion = confusion + _confusion(scene.mask, predicted, len(classes))
+    classes, confusion, count = _classes(cfg), 0, 0
+    for scene, class_hw in predictions(params, cfg):
+        confusion = confusion + _confusion(scene.mask, class_hw, len(classes))
         count += 1
     return ious(confusion, classes) | {"n": count}
+
+
+def predictions(params: dict, cfg: Setting) -> Iterator[tuple[Scene, np.ndarray]]:
+    """Every scene, in order, with the class at each of its pixels: int [height, width]."""
+    weights_ce = jnp.asarray(classifier(params["text"], cfg, _classes(cfg)))
+    vision = cfg.features.placed(params["vision"])
+    encode = partial(_cosines, vision, weights_ce, spec=cfg.spec)
+    for scene, cosine_wggc in _scored(_scenes(cfg.data("masks"), cfg), encode, cfg):
+        yield scene, predict(scene, cosine_wggc)
+
+
+def _classes(cfg: Setting) -> tuple[str, ...]:
+    source = cfg.data("masks")
+    needs(source, "mask", "config.eval.masks")
+    return class_names(source, cfg.eval.classnames)
 
 
 def protocol(cfg: Setting) -> dict[str, object]:
