@@ -11,7 +11,7 @@ import re
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -60,22 +60,15 @@ def make_mesh(
     fit within a slice, or ``tensor`` within a process.
     """
     devices = jax.devices() if devices is None else devices
-    shape, types = sizes(data, fsdp, tensor, len(devices)), (AxisType.Auto,) * len(AXES)
-    slices, _ = _counts(devices)
-    if slices == 1 and dcn_data in (0, 1):
-        # An axis may take a part of a torus' side (fsdp 16 of 8 x 8 chips), as jax.make_mesh has it
-        # for v5e alone.
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        mesh = Mesh(grid, AXES, axis_types=types)
-    else:
-        mesh = Mesh(_hybrid(shape, dcn_data or slices, devices), AXES, axis_types=types)
-    for row in mesh.devices.reshape(-1, shape[2]):
+    shape = sizes(data, fsdp, tensor, len(devices))
+    grid = _grid(shape, dcn_data, devices)
+    for row in grid.reshape(-1, shape[2]):
         if len({d.process_index for d in row}) > 1:  # their images would have to be alike
             raise UserError(
                 f"mesh.tensor={shape[2]} reaches over processes, which read images of their own: "
                 f"choose at most the {_own(devices)} devices of one"
             )
-    return mesh
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
@@ -104,14 +97,20 @@ def _counts(devices: list) -> tuple[int, int]:
     return len(slices), len({d.process_index for d in devices})
 
 
-def _hybrid(shape: tuple[int, ...], parts: int, devices: list) -> np.ndarray:
-    """The devices, one part of the slow network after the other along the data axis."""
+def _grid(shape: tuple[int, ...], dcn_data: int, devices: list) -> np.ndarray:
+    """The devices, one part of the slow network after the other along the data axis.
+
+    An axis may take a part of a torus' side (fsdp 16 of 8 x 8 chips).
+    """
     slices, processes = _counts(devices)
+    parts = dcn_data or slices
     if parts not in (1, slices, processes):
         raise UserError(
             f"mesh.dcn_data={parts}, but the devices form {slices} slices, of {processes} "
             "processes: choose one of these numbers, 1, or 0 for that of the slices"
         )
+    if parts == slices == 1:
+        return create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if parts == 1:
         inner = sorted(devices, key=lambda d: (d.slice_index, d.process_index, d.id))
         return np.array(inner, object).reshape(shape)
@@ -123,7 +122,7 @@ def _hybrid(shape: tuple[int, ...], parts: int, devices: list) -> np.ndarray:
             f"{parts} {kind} of {each} devices: choose a product that divides {each}, or "
             "mesh.dcn_data=1 to gather parameters over the slow network"
         )
-    return mesh_utils.create_hybrid_device_mesh(
+    return create_hybrid_device_mesh(
         (data // parts, *inner),
         (parts, 1, 1),
         devices,

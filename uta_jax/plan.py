@@ -136,7 +136,7 @@ class _Setting:
 
     def held(self, config: ConfigDict) -> int:
         """Bytes on a chip before the step, whatever the batch."""
-        return sum(held_bytes(_arguments(*self._recipe(config, 8))))
+        return sum(held_bytes(_arguments(*self._recipe(config, 8 * config.train.accumulate))))
 
 
 def _teacher_spec(config: ConfigDict) -> ClipSpec | None:
