@@ -6,6 +6,7 @@ import shutil
 from html.parser import HTMLParser
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -51,7 +52,7 @@ def save_run(workdir, scenes, teacher_dir, objective="uta", mask="random", rows=
     if saved:
         shapes, rng = state_shapes(make_recipe(c, CLIP["tiny_clip"], 256)), np.random.default_rng(0)
         state = jax.tree.map(
-            lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), shapes
+            lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype), shapes
         )
         with Checkpoints(workdir) as checkpoints:
             checkpoints.open(state)

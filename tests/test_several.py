@@ -79,7 +79,7 @@ def test_four_processes_train_evaluate_save_and_export(base):
     with Job(base / "four", LOOP, *argv, count=4) as job:
         rows = check_whole(workdir, job, 20)
         check_quiet(job)
-        assert re.search(r"^3 .* 1 x cpu +1-1 +1-1$", job.out(0), re.MULTILINE)  # its place
+        assert re.search(r"^3 .* 1 x cpu +1-1 +1-1 +0-0$", job.out(0), re.MULTILINE)  # its place
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0] - 0.1
 
@@ -88,15 +88,17 @@ def test_two_processes_stop_together_go_on_and_are_measured(base):
     """By a signal to one of them (R4); then the commands, in two processes and in this one."""
     workdir = base / "run2"
     one_told = {1: {"UTA_FAULT": "step:term:3"}}
-    argv = ("-m", "uta_jax", "train", f"--config={TINY}", f"--workdir={workdir}")
-    with Job(base / "stopped", *argv, "--config.train.save_every=8", each=one_told) as job:
+    short = ("--config.train.steps=8", "--config.train.save_every=8", "--config.train.eval_every=4")
+    argv = ("-m", "uta_jax", "train", f"--config={TINY}", f"--workdir={workdir}", *short)
+    with Job(base / "stopped", *argv, each=one_told) as job:
         job.wait_for("UTA_FAULT: term at step", 1)
         assert job.codes(60) == [75, 75], job.all()
         (step,) = folder.acknowledged(workdir / "checkpoints")
         assert 3 <= step <= 4 and manifest.verify(workdir / "checkpoints" / str(step))[0] == []
         for number, name in enumerate(("a signal at another process", "SIGTERM")):
             assert f"stopped by {name} after saving step {step}" in job.last_line(number)
-    with Job(base / "resumed", LOOP, TINY, str(workdir), "--config.train.panels=4") as job:
+    argv = (LOOP, TINY, str(workdir), *short, "--config.train.panels=4")
+    with Job(base / "resumed", *argv) as job:
         check_whole(workdir, job, 8)
         boards = [path.read_bytes() for path in workdir.glob("events.out.tfevents.*")]
         assert any(b"pictures" in board for board in boards)
