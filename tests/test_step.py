@@ -17,6 +17,8 @@ from uta_jax.step import compile_step, param_shapes, state_shapes
 
 # What is compared with one device: the mesh, and the parts that each batch is computed in.
 MESHES = {
+    "data 2": ((2, 1, 1), 1),
+    "data 4 x fsdp 2": ((4, 2, 1), 1),
     "data 8": ((8, 1, 1), 1),
     "fsdp 8": ((1, 8, 1), 1),
     "data 4 x tensor 2": ((4, 1, 2), 1),
