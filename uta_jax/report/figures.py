@@ -20,15 +20,13 @@ CURVES = {
     "cosine with the teacher, patches": "cos_patch",
     "wait for data, ms a step": "data_wait_ms",
 }
+WHOSE = ("teacher", "student", "exported", "chance")  # figures of an evaluator, in this order
 _ROWS = 12  # of evaluations over time, of all runs together
 
 
 def chip(run: Run) -> Markup:
     """The name of a run with its colour."""
     return tag("span", tag("i", class_=f"chip {colour(run.number)}"), run.name)
-
-
-WHOSE = ("teacher", "student", "exported", "chance")
 
 
 def summary(run: Run) -> dict[str, object]:

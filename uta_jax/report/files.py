@@ -13,14 +13,7 @@ from uta_jax.report.runs import Run
 
 matplotlib.use("Agg")  # files only: no display is needed
 
-CURVES = {
-    "loss": ("loss",),
-    "cosine with the teacher": ("cos_cls", "cos_patch"),
-    "zero-shot top-1": ("zeroshot/top1",),
-    "gradient norm": ("grad_norm",),
-    "images per second": ("images_per_s",),
-    "learning rate": ("lr",),
-}
+ZEROSHOT = "zeroshot/top1"
 
 
 def write_summary(run: Run) -> None:
@@ -30,22 +23,20 @@ def write_summary(run: Run) -> None:
 
 
 def draw_curves(run: Run) -> None:
-    """``curves.png``: six panels over the steps, zero-shot accuracy against the teacher's."""
+    """``curves.png``: the curves of the page, and zero-shot accuracy against the teacher's."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, CURVES.items(), strict=True):
-        for name in names:
-            points = run.points(name)
-            axis.plot(*zip(*points, strict=True) if points else ([], []), label=name, marker=".")
+    panels = figures.CURVES | {"zero-shot top-1": ZEROSHOT}
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6.4), layout="constrained")
+    for axis, (title, name) in zip(axes.flat, panels.items(), strict=True):
+        points = run.points(name)
+        axis.plot(*zip(*points, strict=True) if points else ([], []), label="student", marker=".")
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    teacher = run.of_teacher("zeroshot")
-    if teacher:
-        axes[0, 2].axhline(teacher["top1"], color="black", ls="--", label="teacher")
-    axes[0, 1].legend()
-    axes[0, 2].legend()
-    axes[0, 2].set_ylim(0, 1)
+    if teacher := run.of_teacher("zeroshot"):
+        axis.axhline(teacher["top1"], color="black", ls="--", label="teacher")
+    axis.set_ylim(0, 1)
+    axis.legend()
     figure.savefig(run.workdir / "curves.png", dpi=100)
     plt.close(figure)
 
