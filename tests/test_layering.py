@@ -16,6 +16,7 @@ MODULES = (
     "__init__",
     "allocator",
     "lifeline",
+    "rollcall",
     "places",
     "processes",
     "watchdog",

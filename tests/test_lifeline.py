@@ -10,8 +10,9 @@ from queue import Queue
 import pytest
 
 from uta_jax import UserError, processes
-from uta_jax.lifeline import END, Lifeline, Member, call_the_roll
+from uta_jax.lifeline import END, Lifeline, Member
 from uta_jax.places import Place
+from uta_jax.rollcall import call_the_roll
 
 
 def member(index, count=3, host="here", version="1"):

@@ -5,6 +5,7 @@ import json
 import struct
 import sys
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -75,6 +76,29 @@ def test_pictures_go_to_the_boards_and_nowhere_else(tmp_path, monkeypatch):
     assert told[:2] == [(3, {"loss": 0.5}), (3, {"pictures": (5, 7, 3)})]
     assert (told[2]["project"], told[2]["name"]) == ("project", tmp_path.name)
     assert [row.keys() for row in read(tmp_path / "metrics.jsonl")] == [{"step", "loss", "ended"}]
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_a_service_that_is_down_stops_nothing(tmp_path, monkeypatch, capfd, fails):
+    happened = []
+
+    def call(name, *args, **kwargs):
+        happened.append(name)
+        if name == fails:
+            raise ConnectionError("no route to host\nand more")
+        return types.SimpleNamespace(log=partial(call, "log"), finish=partial(call, "finish"))
+
+    fake = types.SimpleNamespace(init=partial(call, "init"), Image=lambda pixels: pixels.shape)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    writer = Writer(tmp_path, 0, wandb="project")
+    for step in (1, 2):
+        writer.write(step, {"loss": 0.5})
+        writer.picture(step, "pictures", np.zeros((5, 7, 3), np.uint8))
+    writer.close()
+    assert happened.count(fails) == 1  # it is not asked again
+    assert len(read(tmp_path / "metrics.jsonl")) == 2 and len(Events(tmp_path).found) == 4
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("Weights & Biases failed and is left out from here on (ConnectionError")
 
 
 @pytest.mark.parametrize("bad", ['{"step": 2, "lo', "", "12", "[]", '{"loss": 1.0}', "\0\0"])

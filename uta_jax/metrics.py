@@ -5,6 +5,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,10 @@ from uta_jax import UserError
 class Writer:
     """Appends one JSON object a call to ``metrics.jsonl`` and mirrors it to the boards.
 
-    Boards are TensorBoard and, where a project is named, Weights & Biases. What a resumed run is
-    about to compute again is cut from the file first, so that each step stands in it once.
-    TensorBoard is told the same by its own ``purge_step``.
+    Boards are TensorBoard and, where a project is named, Weights & Biases. One that fails is told
+    of and done without: a run does not end because a service is down. What a resumed run is about
+    to compute again is cut from the file first, so that each step stands in it once. TensorBoard is
+    told the same by its own ``purge_step``.
     """
 
     def __init__(self, workdir: Path, start_step: int, wandb: str = ""):
@@ -29,28 +32,45 @@ class Writer:
         new.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(new, path)
         self._file = path.open("a", buffering=1)
-        self._boards = [_tensorboard(str(workdir), purge_step=start_step + 1)]
+        self._boards = {"TensorBoard": _tensorboard(str(workdir), purge_step=start_step + 1)}
         if wandb:
-            self._boards.append(_Wandb(workdir, wandb))
+            with self._surviving("Weights & Biases"):
+                self._boards["Weights & Biases"] = _Wandb(workdir, wandb)
 
     def write(self, step: int, values: dict[str, float | list[float] | str]) -> None:
         """Record ``values`` as of update ``step`` (1-based); all but numbers in the file alone."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float):
-                for board in self._boards:
-                    board.add_scalar(name, value, step)
+                self._tell("add_scalar", name, value, step)
 
     def picture(self, step: int, name: str, pixels_hwc: np.ndarray) -> None:
         """Show a picture, uint8 [h, w, 3], on the boards."""
-        for board in self._boards:
-            board.add_image(name, pixels_hwc, step, dataformats="HWC")
+        self._tell("add_image", name, pixels_hwc, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close all."""
         self._file.close()
-        for board in self._boards:
-            board.close()
+        self._tell("close")
+
+    def _tell(self, method: str, *args, **kwargs) -> None:
+        """Call a method of every board."""
+        for name, board in list(self._boards.items()):
+            with self._surviving(name):
+                getattr(board, method)(*args, **kwargs)
+
+    @contextmanager
+    def _surviving(self, name: str) -> Iterator[None]:
+        """Do without that board from now on if what is done inside fails."""
+        try:
+            yield
+        except Exception as error:  # whatever a service's client raises
+            self._boards.pop(name, None)
+            about = f"{type(error).__name__}: {error}".split("\n")[0]
+            tqdm.write(
+                f"{name} failed and is left out from here on ({about}); metrics.jsonl has all",
+                file=sys.stderr,
+            )
 
 
 class _Wandb:

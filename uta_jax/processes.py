@@ -25,8 +25,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from uta_jax import UserError, __version__, allocator
-from uta_jax.lifeline import END, LOOPBACK, Lifeline, Member, call_the_roll, end_process
+from uta_jax.lifeline import END, Lifeline, Member, end_process
 from uta_jax.places import Place, find_place
+from uta_jax.rollcall import LOOPBACK, call_the_roll
 
 PLATFORMS = ("cpu", "gpu", "tpu", "")
 _ECHO_S = 2.0  # in which the line hears of another process's end, if an error comes of that

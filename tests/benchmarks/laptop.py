@@ -1,6 +1,6 @@
 """What UTA is worth on a laptop: uta, mim, distill and maskalign at equal training FLOPs.
 
-    python tests/benchmarks/laptop.py [--out runs/laptop] [--data data/emoji_scenes] [--steps 1200]
+    python tests/benchmarks/laptop.py [--out runs/laptop] [--data data/emoji_scenes] [--steps 400]
         [--seeds 3] [--quick] [--table] [--json FILE]
 
 Every cell is a training of the demo's student by one of ``configs/demo*.py``, in a workdir of its
@@ -273,7 +273,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="", help="folder of all workdirs (default runs/laptop)")
     parser.add_argument("--data", default="data/emoji_scenes")
-    parser.add_argument("--steps", type=int, default=1200, help="of uta")
+    parser.add_argument("--steps", type=int, default=400, help="of uta")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK}")
     parser.add_argument("--table", action="store_true", help="print what is there")

@@ -357,7 +357,10 @@ def test_66_another_model_is_refused_by_the_paths_that_differ(run):
 
 def test_67_a_checkpoint_of_the_first_format_is_read(tmp_path):
     with tarfile.open(GOLDEN / "checkpoint_format_1.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+        # Python 3.11.0 to 3.11.3 know no filter; the archive is our own.
+        archive.extractall(
+            tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+        )
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.find() == 7
         state, meta = checkpoints.restore(RECIPE, on(1, 2))
