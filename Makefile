@@ -1,6 +1,6 @@
 # Two commands need nothing but git, make and python3 (3.11 or newer, with venv):
 #   make demo   trains a student on drawings, evaluates and exports it, in about ten minutes
-#   make test   runs the whole test suite
+#   make test   runs the tests; make test-slow those that start whole runs many times
 # make bench-laptop compares UTA with other methods, for hours (QUICK=1: minutes; TABLE=1: what is there).
 # And make faults kills training runs 56 times and checks what they come back to (QUICK=1: 10 times).
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 DATA ?= data/emoji_scenes
 
-.PHONY: demo test faults bench-laptop lint format clean
+.PHONY: demo test test-slow faults bench-laptop lint format clean
 
 # The stamp is renewed when the requirements change.
 $(VENV)/installed: setup.py
@@ -29,7 +29,10 @@ demo: $(VENV)/installed
 	$(BIN)/uta-jax report $(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
 
 faults: $(VENV)/installed
 	$(BIN)/python tests/faults/harness.py $(if $(QUICK),--quick)

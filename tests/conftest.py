@@ -2,11 +2,14 @@
 
 import os
 
+from several import COMPILE_SOON, DEVICES
+
 # Before JAX starts: the sharding tests need more devices than a laptop has.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
+        COMPILE_SOON,
+        DEVICES.format(8),
         # On a busy machine eight devices on two cores may need more than the usual 40 s to meet.
         "--xla_cpu_collective_call_terminate_timeout_seconds=300",
     )
@@ -22,6 +25,23 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Of the files that `make test` runs; begun first, so that no worker is left with one at the end.
+LONGEST = ("test_train", "test_step", "test_data_loader_kinds", "test_plan", "test_objectives")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first; the others as they were."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A worker would end with gigabytes of them."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session", autouse=True)

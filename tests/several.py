@@ -11,12 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FAULTS = ROOT / "tests" / "faults"
-# Programs need not be fast here but compiled soon, in a fifth of the time: on CPUs, JAX finds what
-# was compiled before in the first process alone.
-FLAGS = (
-    "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
-)
+# For JAX on CPUs: programs need not be fast in tests but compiled soon, in a fifth of the time.
+COMPILE_SOON = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+DEVICES = "--xla_force_host_platform_device_count={}"
 
 
 class Job:
@@ -43,8 +40,9 @@ class Job:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "UTA_", "XLA_"))}
         env |= {
             "PYTHONPATH": os.pathsep.join(map(str, (ROOT, FAULTS))), "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": FLAGS.format(devices), "JAX_COORDINATOR_ADDRESS": address,
-            "JAX_NUM_PROCESSES": str(count), "JAX_COMPILATION_CACHE_DIR": f"{folder.parent}/xla",
+            "XLA_FLAGS": f"{COMPILE_SOON} {DEVICES.format(devices)}",
+            "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
+            "JAX_COMPILATION_CACHE_DIR": f"{folder.parent}/xla",
         }  # fmt: skip
         self._folder, self.processes = folder, {}
         for number in range(count) if started is None else started:

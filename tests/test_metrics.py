@@ -82,7 +82,7 @@ def test_pictures_go_to_the_boards_and_nowhere_else(tmp_path, monkeypatch):
 def test_a_service_that_is_down_stops_nothing(tmp_path, monkeypatch, capfd, fails):
     happened = []
 
-    def call(name, *args, **kwargs):
+    def call(name, /, *args, **kwargs):
         happened.append(name)
         if name == fails:
             raise ConnectionError("no route to host\nand more")

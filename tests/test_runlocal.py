@@ -22,10 +22,14 @@ def names(paths):
 
 
 # Shrunk, all recipes of one objective and one family are the same: one of each is trained.
-TRAINED = [path for path in RECIPES if path.stem not in ("demo", "uta_b16", "uta_l14")]
+TRAINED = [
+    pytest.param(path, marks=() if path.stem == "uta_g14" else pytest.mark.slow, id=path.stem)
+    for path in RECIPES
+    if path.stem not in ("demo", "uta_b16", "uta_l14")
+]
 
 
-@pytest.mark.parametrize("path", TRAINED, ids=names(TRAINED))
+@pytest.mark.parametrize("path", TRAINED)
 def test_every_kind_of_recipe_trains_with_nothing_at_hand(path, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no data, no teacher, no mesh of the size that is asked for
     argv = ["train", f"--config={path}", "--workdir=run", "--config.mesh.fsdp=512", SWITCH]

@@ -13,6 +13,7 @@ from uta_jax.evals import is_scored
 from uta_jax.interop.teacher import load_clip
 from uta_jax.report import report
 
+pytestmark = pytest.mark.slow
 TINY = str(FAULTS / "tiny.py")
 LOOP = str(ROOT / "tests" / "whole_loop.py")
 

@@ -33,14 +33,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
+sys.path.append(str(Path(__file__).parents[1]))
+from several import COMPILE_SOON, DEVICES
+
 from uta_jax import metrics
 from uta_jax.checkpoint import folder, load_params, manifest
 
 HERE = Path(__file__).parent
 STEPS, SAVE_EVERY = 12, 3  # as in tiny.py
 TO_END_S = 30  # for a process whose peer was killed
-# Of a start, compiling well would be the longer part.
-FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
 
 # Runs: where they are struck, one time after the other; "random" is a kill at a random time.
 ONE = (
@@ -116,7 +117,7 @@ class Trial:
         path = os.pathsep.join(map(str, (HERE.parents[1], HERE)))
         env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "UTA_"))}
         env |= {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
-        env["XLA_FLAGS"] = FLAGS
+        env["XLA_FLAGS"] = f"{COMPILE_SOON} {DEVICES.format(2)}"
         if self.processes > 1:
             address = f"127.0.0.1:{free_port()}"
             env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(self.processes)}

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 import pytest
 from several import FAULTS, ROOT, Job
 
+pytestmark = pytest.mark.slow
 LIMIT_S = 30  # from the fault to the end of the last process
 TOGETHER = str(FAULTS / "together.py")
 RAISED = r"RuntimeError: a fault that was asked for \(UTA_FAULT\)"

@@ -16,6 +16,7 @@ from uta_jax import train as training
 from uta_jax.checkpoint import folder
 from uta_jax.config_files import read_config
 
+pytestmark = pytest.mark.slow
 FAULTS = (
     "save.committed:kill",  # at step 3
     "compile:term",  # it is known one update late, and so at step 2
