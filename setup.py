@@ -79,7 +79,7 @@ setup(
             "emoji>=2.14,<3",
             "playwright>=1.65,<2",  # the report in a Chromium, where there is one
             "webdataset==1.0.2",  # parity of tar shards
-            "libtpu>=0.0.52,<0.1",  # the TPU compiler, for the plan's test; runs on any CPU
+            "jax[tpu]>=0.10.2,<0.11",  # the TPU compiler of this JAX, for the plan; runs on any CPU
             "scikit-learn>=1.9.1,<1.10",  # parity of kNN and of linear probes
             "clip-benchmark==1.6.2",  # parity of zero-shot and retrieval
         ],

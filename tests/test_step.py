@@ -62,6 +62,7 @@ def test_the_mesh_does_not_change_the_losses(single, runs, name):
     _assert_alike(losses, jax.tree.leaves(mesh.fetch(state.params)), single)
 
 
+@pytest.mark.slow
 def test_two_processes_train_alike(single, tmp_path):
     """Of four devices each: data 2 over the processes, fsdp 2 and tensor 2 within."""
     with Job(tmp_path / "two", "tests/alike.py", f"{tmp_path}/found.npz", devices=4) as job:

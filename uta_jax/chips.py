@@ -101,5 +101,5 @@ def _slice(topology: str) -> list:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"--topology={topology}: the TPU compiler is not to be had ({reason}): "
-            "`pip install libtpu`"
+            "`pip install 'uta-jax[tpu]'`"
         ) from None

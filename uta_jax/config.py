@@ -98,6 +98,7 @@ def _add_run(c: ConfigDict) -> None:
     c.train.log_every = 10  # steps
     c.train.eval_every = 0  # steps; 0: at the end only
     c.train.save_every = 500  # steps; the last step is always saved
+    c.train.save_async = True  # beside the next steps; False: a kill loses save_every steps at most
     c.train.keep = 2  # newest checkpoints that are kept
     c.train.timeout_s = 1800.0  # seconds; a longer update, evaluation or save ends the run
     c.train.panels = 0  # crops pictured on the boards, at the start and with evaluations; 0: none

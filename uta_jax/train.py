@@ -95,7 +95,8 @@ def _trained(config: ConfigDict, workdir, allow_data_change: bool, times: Ledger
     processes.say(processes.table(mesh))
     processes.agree("what to train", _facts(config, recipe, source))
     workdir = make_workdir(workdir)
-    checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every)
+    c = config.train
+    checkpoints = Checkpoints(workdir, c.keep, c.keep_every, awaited=not c.save_async)
     with jax.set_mesh(mesh), Signals() as signals, _alone(workdir, times), checkpoints:
         checkpoints.open(state_shapes(recipe))
         faults.reach("start")

@@ -283,6 +283,18 @@ def test_a_save_under_way_is_of_the_state_as_it_was(run, monkeypatch):
         assert_equal(mesh.fetch(checkpoints.restore(RECIPE, on(1, 1), 4)[0]), expected)
 
 
+@pytest.mark.parametrize("awaited", [True, False])
+def test_a_save_that_is_awaited_counts_when_the_loop_goes_on(run, monkeypatch, awaited):
+    """``train.save_async=False``: a kill at any later moment finds it."""
+    write, go_on = Checkpoints._write, threading.Event()
+    monkeypatch.setattr(Checkpoints, "_write", lambda *args: go_on.wait() and write(*args))
+    late = threading.Timer(0.3, go_on.set)
+    late.start()
+    with Checkpoints(run, awaited=awaited) as checkpoints:
+        checkpoints.save(state_at(4, on(1, 1)), DATA, {})
+        assert checkpoints.latest() == (4 if awaited else 3)
+
+
 # Two runs
 
 

@@ -41,13 +41,16 @@ class SaveError(UserError):
 
 
 class Checkpoints:
-    """The checkpoints of one workdir; saving goes on in the background until ``close``."""
+    """The checkpoints of one workdir; saving goes on in the background until ``close``.
 
-    def __init__(self, workdir: Path, keep: int = 2, keep_every: int = 0):
+    ``awaited``: ``save`` returns only when the checkpoint counts.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 2, keep_every: int = 0, *, awaited: bool = False):
         for name in ("absl", "asyncio"):  # orbax's ways to tell at length what SaveError says
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self.directory = Path(workdir).absolute() / "checkpoints"
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._keep_every, self._awaited = keep, keep_every, awaited
         self._orbax = _orbax(self._acknowledge)
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future | None = None
@@ -87,6 +90,8 @@ class Checkpoints:
         items = {"params": state.params, "opt": state.opt_state, "ema": state.ema}
         arrays = to_host({name: tree for name, tree in items.items() if tree})
         self._saving = self._background.submit(self._write, step, arrays, data, about)
+        if self._awaited:
+            self.wait()
 
     def _write(self, step: int, arrays: dict, data: dict, meta: dict) -> None:
         """In the background: orbax's own asynchronous save computes in the loop for longer."""
