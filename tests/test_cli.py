@@ -223,6 +223,17 @@ def test_mistakes_of_the_teacher(
     assert contents(saved_run) == before
 
 
+@pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="permissions do not bind root")
+@pytest.mark.parametrize(
+    "workdir, words",
+    [("/sys/run", "name a directory"), ("/sys/kernel", "cannot be written to: ")],
+    ids=["new", "there"],
+)
+def test_82_a_workdir_where_nothing_can_be_written(recipe_file, capsys, workdir, words):
+    argv = ["train", f"--config={recipe_file}", f"--workdir={workdir}"]
+    refuse(capsys, argv, f"--workdir={workdir}", words)
+
+
 @pytest.mark.parametrize("section", ["data", "eval"])
 def test_an_empty_folder_of_images(section, recipe_file, saved_run, tmp_path, capsys):
     before = contents(saved_run)

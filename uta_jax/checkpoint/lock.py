@@ -21,8 +21,14 @@ class Lock:
     """
 
     def __init__(self, workdir: Path):
-        """Raises UserError naming the holder if another process has it."""
-        self._file = (workdir / "lock").open("a+", encoding="utf-8")
+        """Raises UserError naming the holder if another has it, or where nothing can be written."""
+        try:
+            self._file = (workdir / "lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir} cannot be written to: {error.strerror}; change that, "
+                "or name another workdir"
+            ) from error
         deadline = time.monotonic() + _PATIENCE
         while not self._try():
             if time.monotonic() > deadline:
