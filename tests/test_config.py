@@ -156,7 +156,7 @@ def test_no_kind_of_value_is_left_out():
     """The tests above see numbers, texts and tuples; a switch can only be on or off."""
     tested = {*numbers(float), *numbers(int), "data.crop_scale", "data.mixture", "eval.templates"}
     tested |= {"eval.names"}
-    tested |= {"data.flip", "data.allow_truncated", "runlocal"}
+    tested |= {"data.flip", "data.allow_truncated", "train.save_async", "runlocal"}
     tested |= {key for key, value in DEFAULTS.items() if isinstance(value, str)}
     assert tested == set(DEFAULTS)
 
