@@ -1,6 +1,6 @@
 """The train step compiled for hardware that is not here: does it fit, how fast, what does it cost.
 
-The TPU compiler runs on any CPU (package ``libtpu``, by the extra ``tpu``). Memory is what it
+The TPU compiler runs on any CPU (package ``libtpu``, in the ``tpu`` extra). Memory is what it
 allocates. Time is its own estimate of cycles, summed over the loops at the chip's clock: a model,
 good for comparing choices, and not a stopwatch. For GPUs there is no such compiler: memory is then
 that of the CPU's, and time a roofline.

@@ -78,9 +78,13 @@ class Kill:
     awaited: bool  # its saves, by the loop
     survived: bool = False
     lost: int = 0  # steps done again
-    beside: int = 0  # of these, beyond one interval: they ran while the next save was written
     wrong: int = 0  # arrays or rows that differ from the uninterrupted run
     ended_s: float = 0.0  # until the process that was not killed had ended
+
+    @property
+    def beside(self) -> int:
+        """Of the steps lost, those beyond one interval: they ran beside the next save."""
+        return max(0, self.lost - SAVE_EVERY)
 
 
 class Trial:
@@ -194,7 +198,6 @@ class Trial:
         for kill in pending:
             kill.survived = resumed >= acknowledged and not kill.wrong
         pending[0].lost = reached - resumed
-        pending[0].beside = max(0, pending[0].lost - SAVE_EVERY)
         if pending[0].lost > (1 if self.awaited else 2) * SAVE_EVERY:
             self.fail(f"{pending[0]}: more is lost than may be")
         return []

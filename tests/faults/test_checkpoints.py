@@ -288,11 +288,13 @@ def test_a_save_that_is_awaited_counts_when_the_loop_goes_on(run, monkeypatch, a
     """``train.save_async=False``: a kill at any later moment finds it."""
     write, go_on = Checkpoints._write, threading.Event()
     monkeypatch.setattr(Checkpoints, "_write", lambda *args: go_on.wait() and write(*args))
-    late = threading.Timer(0.3, go_on.set)
-    late.start()
     with Checkpoints(run, awaited=awaited) as checkpoints:
-        checkpoints.save(state_at(4, on(1, 1)), DATA, {})
+        state = state_at(4, on(1, 1))
+        if awaited:
+            threading.Timer(0.3, go_on.set).start()
+        checkpoints.save(state, DATA, {})
         assert checkpoints.latest() == (4 if awaited else 3)
+        go_on.set()
 
 
 # Two runs
@@ -369,10 +371,9 @@ def test_66_another_model_is_refused_by_the_paths_that_differ(run):
 
 def test_67_a_checkpoint_of_the_first_format_is_read(tmp_path):
     with tarfile.open(GOLDEN / "checkpoint_format_1.tar.gz") as archive:
-        # Python 3.11.0 to 3.11.3 know no filter; the archive is our own.
-        archive.extractall(
-            tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
-        )
+        # The archive is our own, and Python before 3.11.4 knows no filter.
+        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(tmp_path, **safe)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.find() == 7
         state, meta = checkpoints.restore(RECIPE, on(1, 2))

@@ -289,10 +289,10 @@ def _builder(data_dir: str, generators: dict, size: int):
             )
 
         def _split_generators(self, dl_manager):
-            return generators
+            return {split: self._generate_examples(split) for split in generators}
 
-        def _generate_examples(self):
-            raise NotImplementedError("the splits bring their own generators")
+        def _generate_examples(self, split):
+            return generators[split]
 
     return EmojiScenes(data_dir=data_dir, file_format="array_record")
 
