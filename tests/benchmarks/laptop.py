@@ -1,7 +1,7 @@
 """What UTA is worth on a laptop: uta, mim, distill and maskalign at equal training FLOPs.
 
     python tests/benchmarks/laptop.py [--out runs/laptop] [--data data/emoji_scenes] [--steps 400]
-        [--seeds 3] [--quick] [--table] [--json FILE]
+        [--seeds 3] [--jobs 2] [--quick] [--table] [--json FILE]
 
 Every cell is a training of the demo's student by one of ``configs/demo*.py``, in a workdir of its
 own under ``--out``, and ends with all evaluators that mean something for it. ``--steps`` is what
@@ -10,6 +10,10 @@ the FLOPs of their whole step, teacher included, so that all spend the same; "eq
 them as many as ``uta``. The mask of ``uta`` is ablated by kind and by what is kept, at equal FLOPs;
 where all is kept there is no kind. Learning rates and schedules are those of the recipes, the
 warm-up is the same share of each run.
+
+As many cells as ``--jobs`` (default: one for each core) run side by side, each in a process with
+cores of its own: models this small gain little from a second core. Images/s are those of such a
+cell; what a step costs is measured before them, one method at a time.
 
 The same command goes on where it was stopped. ``--quick``: 80 steps, one seed; tells that it works,
 and nothing of the methods. ``--table``: what is there, training nothing. Spread: the standard
@@ -20,11 +24,13 @@ import argparse
 import itertools
 import json
 import os
+import queue
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -181,16 +187,71 @@ def done(workdir: Path, steps: int) -> dict | None:
     return found if found["step"] == steps else None
 
 
-def run_cell(cell: Cell, args, steps: int, seed: int, workdir: Path) -> None:
-    """Train, or go on, and measure; what it prints goes to ``log.txt`` of the workdir."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        train(recipe_config(cell, args, steps, seed), workdir)
-        run = load_run(workdir)
-        # The teacher's features are those of all cells.
-        figures = figures_of(run, fitting(EVALUATORS, run.spec), folder=Path(args.out) / "features")
-        with output(workdir / "evaluate.json") as file:
-            file.write(json.dumps(figures) + "\n")
+def run_cell(cell: Cell, seed: int, args, steps: int) -> None:
+    """Train, or go on, and measure."""
+    workdir = folder_of(cell, seed, args)
+    train(recipe_config(cell, args, steps, seed), workdir)
+    run = load_run(workdir)
+    # The teacher is the same in all cells: its features are kept, its figures asked for once.
+    figures = figures_of(
+        run,
+        fitting(EVALUATORS, run.spec),
+        folder=Path(args.out) / "features",
+        with_teacher=(cell, seed) == (METHODS[0], 0),
+    )
+    with output(workdir / "evaluate.json") as file:
+        file.write(json.dumps(figures) + "\n")
+
+
+def run_all(args, flops: dict[str, float]) -> None:
+    """Every cell that has not ended, in processes side by side."""
+    cells = all_cells(args)
+    missing = [
+        (cell, seed)
+        for cell, seed in cells
+        if not done(folder_of(cell, seed, args), steps_of(cell, flops, args.steps))
+    ]
+    cores = queue.SimpleQueue()
+    for share in shares(args.jobs):
+        cores.put(share)
+
+    def start(cell: Cell, seed: int) -> None:
+        workdir = folder_of(cell, seed, args)
+        workdir.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, __file__, *sys.argv[1:], f"--only={workdir.name}"]
+        if mine := cores.get():
+            os.sched_setaffinity(0, mine)  # of this thread, whose child inherits it
+        with open(workdir / "log.txt", "a") as log:
+            code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+        cores.put(mine)
+        if code:
+            sys.exit(f"{workdir.name} ended with {code}; its last words are in {workdir}/log.txt")
+
+    bar = tqdm(total=len(cells), initial=len(cells) - len(missing), unit="cell", smoothing=0)
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        for job in as_completed([pool.submit(start, *each) for each in missing]):
+            job.result()
+            bar.update()
+    finally:  # no more of them; those that run end first
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+
+
+def shares(jobs: int) -> list[set[int]]:
+    """The cores of each job; empty sets where processes cannot be bound to cores."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [set(cores[job::jobs]) for job in range(jobs)]
+
+
+def all_cells(args) -> list[tuple[Cell, int]]:
+    """Cells and seeds; one seed of all before the next."""
+    return [(cell, n) for n in range(args.seeds) for cell in METHODS + STEPS + ABLATION]
+
+
+def folder_of(cell: Cell, seed: int, args) -> Path:
+    """The workdir of a training."""
+    return Path(args.out) / f"{cell.name}-seed{seed}"
 
 
 def figure_of(found: dict, figure: str, whose: str = "student") -> float | None:
@@ -242,11 +303,11 @@ def table(args, flops: dict[str, float]) -> list[dict[str, str]]:
         if cell.name not in flops:
             continue
         steps = steps_of(cell, flops, args.steps)
-        folders = [Path(args.out) / f"{cell.name}-seed{seed}" for seed in range(args.seeds)]
+        folders = [folder_of(cell, seed, args) for seed in range(args.seeds)]
         found = [(folder, each) for folder in folders if (each := done(folder, steps))]
         if found:
             rows.append(line(cell, args, found, flops[cell.name]))
-            teacher |= found[0][1]
+            teacher = teacher or found[0][1]  # of the first cell, whose first seed asks for it
     if not rows:
         return []
     of_teacher = {
@@ -275,6 +336,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--data", default="data/emoji_scenes")
     parser.add_argument("--steps", type=int, default=400, help="of uta")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # the folder of the cell to run
     parser.add_argument("--quick", action="store_true", help=f"{QUICK}")
     parser.add_argument("--table", action="store_true", help="print what is there")
     parser.add_argument("--json", help="write the table to this file as well")
@@ -296,14 +359,12 @@ def main() -> None:
         flops |= {c.name: flops[m] for c in STEPS if (m := Cell(c.method).name) in flops}
     else:
         flops = all_flops(args)
+        if args.only:
+            cell, seed = next(x for x in all_cells(args) if folder_of(*x, args).name == args.only)
+            run_cell(cell, seed, args, steps_of(cell, flops, args.steps))
+            return
         costs(args, flops)
-        cells = list(itertools.product(range(args.seeds), METHODS + STEPS + ABLATION))
-        for seed, cell in (bar := tqdm(cells, unit="cell", smoothing=0)):
-            bar.set_postfix_str(f"{cell.name}, seed {seed}")
-            workdir, steps = Path(args.out) / f"{cell.name}-seed{seed}", 0
-            steps = steps_of(cell, flops, args.steps)
-            if not done(workdir, steps):
-                run_cell(cell, args, steps, seed, workdir)
+        run_all(args, flops)
     rows = table(args, flops)
     show(rows)
     if (Path(args.out) / "costs.json").exists():

@@ -137,11 +137,16 @@ def _earlier(path: Path, step: int) -> dict:
 
 
 def figures_of(
-    run: SavedRun, wanted: Iterable[str] = (), exported: str = "", folder: Path | None = None
+    run: SavedRun,
+    wanted: Iterable[str] = (),
+    exported: str = "",
+    folder: Path | None = None,
+    with_teacher: bool = True,
 ) -> dict:
     """``{"step": ..., NAME: {"protocol": {...}, "teacher": {...}, "student": {...}}, ...}``.
 
-    ``folder``: where image features are kept.
+    ``folder``: where image features are kept. ``with_teacher``: False where its own figures are
+    known already.
     """
     config, teacher = run.config, run.teacher
     if not config.eval.path:
@@ -161,7 +166,8 @@ def figures_of(
     figures = {"step": run.meta["step"]}
     for name in wanted:
         found = {"protocol": EVALUATORS[name].protocol(of_student)}
-        if teacher and EVALUATORS[name].of_teacher and fitting((name,), teacher.spec):
+        theirs = with_teacher and teacher and EVALUATORS[name].of_teacher
+        if theirs and fitting((name,), teacher.spec):
             of_teacher = Setting(config.eval, teacher.spec, teacher_spec, data, features)
             found["teacher"] = _measured(name, frozen, frozen, of_teacher)
         found["student"] = _measured(name, run.clip, frozen, of_student)
