@@ -1,11 +1,12 @@
 """What a step computes: operations by formula and by XLA's count, and what its products move."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import JaxprEqn, jaxprs_in_params
 
 from uta_jax.models.presets import TextSpec, VitSpec
 from uta_jax.models.vit import init_vit
@@ -92,13 +93,22 @@ def bytes_of_products(recipe: Recipe, batch: int) -> int:
 
 
 def moved_by_products(jaxpr) -> int:
-    """Bytes of operands and results; a scan counts as often as it runs, of branches the least."""
-    moved = 0
+    """Bytes of the operands and results of the products of a jaxpr."""
+    return sum(
+        times * sum(x.aval.size * x.aval.dtype.itemsize for x in eqn.invars + eqn.outvars)
+        for eqn, times in products(jaxpr)
+    )
+
+
+def products(jaxpr) -> list[tuple[JaxprEqn, int]]:
+    """Products and convolutions of a jaxpr and how often each runs; of branches, the fewest."""
+    found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            moved += sum(x.aval.size * x.aval.dtype.itemsize for x in eqn.invars + eqn.outvars)
-        elif inner := [moved_by_products(each) for each in jaxprs_in_params(eqn.params)]:
+            found.append((eqn, 1))
+        elif inner := [products(each) for each in jaxprs_in_params(eqn.params)]:
             # The TPU's branch of a norm has products that others do without.
-            once = min(inner) if eqn.primitive.name == "cond" else sum(inner)
-            moved += once * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
-    return moved
+            inner = [min(inner, key=len)] if eqn.primitive.name == "cond" else inner
+            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            found += [(each, times * n) for each, n in itertools.chain(*inner)]
+    return found
