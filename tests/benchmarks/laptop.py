@@ -48,7 +48,7 @@ from uta_jax import metrics
 from uta_jax.checkpoint import load_run
 from uta_jax.config_files import read_config
 from uta_jax.data.files import output
-from uta_jax.evals import EVALUATORS, as_text, figures_of, fitting
+from uta_jax.evals import EVALUATORS, figures_of, fitting
 from uta_jax.interop.teacher import load_clip
 from uta_jax.objectives import OBJECTIVES
 from uta_jax.step import compile_step, init_state, state_shapes
@@ -260,12 +260,17 @@ def figure_of(found: dict, figure: str, whose: str = "student") -> float | None:
 
 
 def spread(values: list, figure: str) -> str:
-    """Mean and, of several, standard deviation."""
+    """Mean and, of several, standard deviation: shares in percent, cosines as they are."""
     values = [value for value in values if value is not None]
     if not values:
         return ""
-    mean = as_text(figure, statistics.mean(values))
-    return f"{mean} ± {as_text(figure, statistics.stdev(values))}" if len(values) > 1 else mean
+    percent = not figure.startswith("cos")
+    values = [100 * value for value in values] if percent else values
+    digits = 1 if percent else 3
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text + " %" * percent
 
 
 def mask_of(cell: Cell, args) -> str:
