@@ -249,8 +249,8 @@ def all_cells(args) -> list[tuple[Cell, int]]:
 
 
 def folder_of(cell: Cell, seed: int, args) -> Path:
-    """The workdir of a training."""
-    return Path(args.out) / f"{cell.name}-seed{seed}"
+    """The workdir of a training; another ``--steps`` is another training, with its own schedule."""
+    return Path(args.out) / f"{cell.name}-{args.steps}-seed{seed}"
 
 
 def figure_of(found: dict, figure: str, whose: str = "student") -> float | None:
