@@ -26,16 +26,22 @@ def gathered(*arrays: Array | None, dtype=None, name: str = "") -> list[Array | 
 def flat_dot_general(lhs, rhs, dimension_numbers, **kwargs) -> Array:
     """``lax.dot_general`` of [..., inputs] x [inputs, ...] as one two-dimensional product.
 
-    XLA:CPU runs its gradient two to four times as fast as that of the rank-3 product; the TPU
-    compiler's own estimate of a whole step is 1 % higher with it.
+    XLA:CPU runs its gradient two to four times as fast as that of the product as it stands. The TPU
+    compiler gets the latter: flat, it copies what does not fill whole tiles (197 tokens, heads of
+    88) to another layout. By its own estimate the backward pass of a UTA-g block is 9 % shorter on
+    v5p, and an EVA01-g teacher's layer 8 % on v5e.
     """
-    (lhs_axes, rhs_axes), _ = dimension_numbers
-    inputs = math.prod(rhs.shape[axis] for axis in rhs_axes)
-    lead, out = lhs.shape[: lhs.ndim - len(lhs_axes)], rhs.shape[len(rhs_axes) :]
-    flat = jax.lax.dot_general(
-        lhs.reshape(-1, inputs), rhs.reshape(inputs, -1), (((1,), (0,)), ((), ())), **kwargs
-    )
-    return flat.reshape(*lead, *out)
+
+    def flat(lhs, rhs):
+        (lhs_axes, rhs_axes), _ = dimension_numbers
+        inputs = math.prod(rhs.shape[axis] for axis in rhs_axes)
+        lead, out = lhs.shape[: lhs.ndim - len(lhs_axes)], rhs.shape[len(rhs_axes) :]
+        lhs, rhs = lhs.reshape(-1, inputs), rhs.reshape(inputs, -1)
+        product = jax.lax.dot_general(lhs, rhs, (((1,), (0,)), ((), ())), **kwargs)
+        return product.reshape(*lead, *out)
+
+    whole = partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, **kwargs)
+    return jax.lax.platform_dependent(lhs, rhs, tpu=whole, default=flat)
 
 
 def dense(
