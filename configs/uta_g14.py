@@ -20,6 +20,7 @@ def get_config():
     """See the module docstring."""
     c = base_config()
     c.student.preset = "uta_g14"  # [UTA] architecture, [ours] input size
+    c.mask.ratio = 0.504  # [ours] as in configs/uta_l14.py: with CLS 128 tokens
     c.data.batch_size = 4096  # [EVA-01]
     c.optim.lr = 1e-3  # [EVA-01]
     c.optim.warmup_epochs = 2.0  # [EVA-01]; its drop-path of 0.1 is left out [ours]

@@ -21,6 +21,9 @@ def get_config():
     """See the module docstring."""
     c = base_config()
     c.student.preset = "uta_l14"  # [UTA] architecture, [ours] input size
+    # [ours] 127 of 256 patches: with CLS 128 tokens, which fill the tiles of a TPU's vector units,
+    # where 129 take the room of 256. By the compiler's estimate a step on v5e is 16 % shorter.
+    c.mask.ratio = 0.504
     # [EVA-02-L] shares batch, rate, betas, decay and epochs with B. Its drop-path of 0.1 is left
     # out [ours]: the released UTA code has none, and half of the tokens are dropped already.
     return c
