@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from uta_jax.models import presets
+from uta_jax.models.attention import rope_table
 from uta_jax.models.text import TextTower, init_text
-from uta_jax.models.vit import REMAT, Vit, init_vit, patchify, rope_table
+from uta_jax.models.vit import REMAT, Vit, init_vit, patchify
 
 # One of each family, small: CLIP's traits and those of the released UTA students.
 SPECS = {

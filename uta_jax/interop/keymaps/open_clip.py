@@ -4,8 +4,8 @@ import numpy as np
 
 from uta_jax.interop.keymaps import timm
 from uta_jax.interop.keymaps.rows import Extra, Format, Row, affine, heads, norm
+from uta_jax.models.attention import rope_table
 from uta_jax.models.presets import ClipSpec
-from uta_jax.models.vit import rope_table
 
 _SCALE = (Row("logit_scale", "logit_scale"), Row("logit_bias", "logit_bias", optional=True))
 
