@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uta_jax.models import presets
+from uta_jax.models import heads, presets
 from uta_jax.models.attention import rope_table
 from uta_jax.models.text import TextTower, init_text
 from uta_jax.models.vit import REMAT, Vit, init_vit, patchify
@@ -62,6 +62,29 @@ def test_order_of_the_kept_patches_only_orders_the_output(spec):
     ours = Vit(spec).apply({"params": params}, _images(), keep_bk)
     reversed_ = Vit(spec).apply({"params": params}, _images(), keep_bk[:, ::-1])
     np.testing.assert_allclose(reversed_[:, 1:], ours[:, :0:-1], atol=2e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_cls_apart_from_the_patches_is_the_same_tower(spec):
+    params = init_vit(spec, jax.random.key(1))
+    whole, apart = (Vit(spec, split=s).apply({"params": params}, _images()) for s in (False, True))
+    np.testing.assert_allclose(apart, whole, atol=2e-6)
+    kept = (Vit(spec, split=s).apply({"params": params}, _images(), _keep()) for s in (False, True))
+    np.testing.assert_allclose(*kept, atol=2e-6)
+
+
+def test_a_norm_by_products_is_the_norm():
+    """Forward and backward, within what bfloat16 rounds; the mean is far from zero."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, grad = (jax.random.normal(key, (4, 7, 96)).astype(jnp.bfloat16) for key in keys[:2])
+    arguments = 3 * x + 5, *(jax.random.normal(key, (96,)) for key in keys[2:])
+    found = []
+    for norm in (heads._normed_by_products, heads._normed):
+        y, back = jax.vjp(lambda *a, norm=norm: norm(*a, 1e-6).astype(jnp.bfloat16), *arguments)
+        found.append([y, *back(grad)])
+    for products, plain in zip(*found, strict=True):
+        products, plain = np.float32(products), np.float32(plain)
+        assert np.linalg.norm(products - plain) < 4e-3 * np.linalg.norm(plain)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

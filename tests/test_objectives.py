@@ -1,6 +1,7 @@
 """What the losses are, and what they must not see."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,15 @@ import pytest
 from uta_jax import masking
 from uta_jax.models import presets
 from uta_jax.models.vit import init_vit
-from uta_jax.objectives import OBJECTIVES, Task, alignment_loss, contrastive, cosine, uta
+from uta_jax.objectives import (
+    OBJECTIVES,
+    Task,
+    alignment_loss,
+    contrastive,
+    cosine,
+    run_teacher,
+    uta,
+)  # fmt: skip
 
 VISION = replace(presets.VIT["tiny_clip"], width=32, heads=2, mlp_hidden=48, depth=2, out_dim=16)
 TEXT = presets.TextSpec(8, 64, 16, 1, 2, 32, 16)
@@ -51,6 +60,19 @@ def test_no_gradient_reaches_the_teacher():
     task, rng = _task(), jax.random.key(0)
     grads = jax.grad(lambda f: uta(_params(0), f, _batch(), rng, task)[0])(_params(1))
     assert all(not leaf.any() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(("grid", "split"), [(16, True), (8, False)])
+def test_on_a_tpu_a_teacher_whose_patches_fill_tiles_runs_with_cls_apart(grid, split):
+    teacher = presets.with_vision(CLIP, presets.resized(VISION, 8 * grid))
+    task, batch = _task(teacher=teacher), _batch()["image"]
+    frozen = {"vision": init_vit(teacher.vision, jax.random.key(0))}
+    traced = jax.jit(partial(run_teacher, task=task)).trace(frozen, batch)
+    for platform in ("tpu", "cpu"):
+        hlo = traced.lower(lowering_platforms=(platform,)).as_text()
+        apart = f"x{grid**2}x{grid**2}xf32>" in hlo  # attention among the patches alone
+        assert apart == (split and platform == "tpu")
+        assert (f"x{grid**2 + 1}x{grid**2 + 1}xf32>" in hlo) != apart
 
 
 def test_a_masked_out_patch_changes_the_loss_only_through_the_teacher():

@@ -8,6 +8,7 @@ compute in.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,11 @@ def run_teacher(
     """The teacher's pass over whole images, uint8 [b, h, w, 3], without gradient."""
     spec, vit = task.teacher, task.teacher_vit()
     image_bhwc = to_input(image_bhwc, spec.mean, spec.std, spec.vision.image_size, vit.dtype)
-    seen = encode_seen(vit, frozen["vision"], image_bhwc, layers=layers, attention=attention)
+    look = partial(encode_seen, layers=layers, attention=attention)
+    whole, split = partial(look, vit), partial(look, vit.clone(split=True))
+    if layers or attention or not spec.vision.cls or spec.vision.tokens % 128:
+        split = whole  # patches that do not fill a TPU's tiles gain nothing
+    seen = jax.lax.platform_dependent(frozen["vision"], image_bhwc, tpu=split, default=whole)
     return jax.lax.stop_gradient(seen)
 
 

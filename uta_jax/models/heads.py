@@ -66,32 +66,64 @@ def dense(
     )
 
 
-def _statistics(x: Array) -> tuple[Array, Array]:
-    """``x`` less its mean over the last axis, and its variance [..., 1]; both fp32.
+def _normed(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    """LayerNorm over the last axis: [..., d] -> fp32 [..., d].
 
     Two-pass variance: E[x^2] - E[x]^2 loses every digit on the low-variance tokens that teachers do
     emit, and parity with PyTorch goes with it.
     """
     x = x.astype(jnp.float32)
     centred = x - x.mean(axis=-1, keepdims=True)
-    return centred, jnp.square(centred).mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    return _affine(centred, variance, scale, bias, eps)
 
 
-def _statistics_by_products(x: Array) -> tuple[Array, Array]:
-    """The same with both sums taken by the matrix unit, from bfloat16 ``x``.
+def _affine(centred: Array, variance: Array, scale: Array, bias: Array, eps: float) -> Array:
+    lead = (None,) * (centred.ndim - 1)
+    return centred * (jax.lax.rsqrt(variance + eps) * scale[lead]) + bias[lead]
+
+
+def _mean_by_product(x: Array) -> Array:
+    """The mean over the last axis, by the matrix unit: bfloat16 [..., d] -> fp32 [..., 1].
 
     Sums over lanes are the slowest thing a TPU does: the compiler's estimate of a whole UTA-B/16
     step is a sixth lower this way. 128 equal columns, since a single one is turned into a sum
-    again. Products with one are exact and accumulate in fp32; only the squares are rounded, each by
-    2^-9 at most.
+    again. Products with one are exact and accumulate in fp32.
     """
     ones = jnp.ones((x.shape[-1], 128), x.dtype)
+    return jnp.matmul(x, ones, preferred_element_type=jnp.float32)[..., :1] / x.shape[-1]
 
-    def mean(y: Array) -> Array:
-        return jnp.matmul(y, ones, preferred_element_type=jnp.float32)[..., :1] / y.shape[-1]
 
-    centred = x.astype(jnp.float32) - mean(x)
-    return centred, mean(jnp.square(centred).astype(x.dtype))
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normed_by_products(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    """``_normed`` of bfloat16 ``x`` in bfloat16, its means by products, forward and backward.
+
+    Of what is averaged, all but ``x`` is rounded first, by 2^-9 at most. Written out, the backward
+    pass goes over memory less often: by the compiler's estimate a UTA-B/16 block is 4 % shorter.
+    """
+    return _forward(x, scale, bias, eps)[0]
+
+
+def _forward(x: Array, scale: Array, bias: Array, eps: float) -> tuple[Array, tuple]:
+    mean = _mean_by_product(x)
+    centred = x.astype(jnp.float32) - mean
+    variance = _mean_by_product(jnp.square(centred).astype(x.dtype))
+    y = _affine(centred, variance, scale, bias, eps).astype(x.dtype)
+    return y, (x, mean, jax.lax.rsqrt(variance + eps), scale)
+
+
+def _backward(eps: float, saved: tuple, grad: Array) -> tuple[Array, Array, Array]:
+    """With u = (x - mean) / std, g = grad scale: dx = (g - mean(g) - u mean(g u)) / std."""
+    x, mean, rstd, scale = saved
+    unit, grad = (x.astype(jnp.float32) - mean) * rstd, grad.astype(jnp.float32)
+    scaled = grad * scale[(None,) * (x.ndim - 1)]
+    along = unit * _mean_by_product((scaled * unit).astype(x.dtype))
+    dx = (scaled - _mean_by_product(scaled.astype(x.dtype)) - along) * rstd
+    tokens = tuple(range(x.ndim - 1))
+    return dx.astype(x.dtype), (grad * unit).sum(tokens), grad.sum(tokens)
+
+
+_normed_by_products.defvjp(_forward, _backward)
 
 
 class LayerNorm(nn.Module):
@@ -106,15 +138,16 @@ class LayerNorm(nn.Module):
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
-        if x.dtype == jnp.bfloat16:
-            centred, variance = jax.lax.platform_dependent(
-                x, tpu=_statistics_by_products, default=_statistics
-            )
-        else:
-            centred, variance = _statistics(x)
-        lead = (None,) * (x.ndim - 1)
-        gain = jax.lax.rsqrt(variance + self.eps) * scale[lead]
-        return (centred * gain + bias[lead]).astype(self.dtype or x.dtype)
+        dtype = self.dtype or x.dtype
+
+        def plain(*args: Array) -> Array:
+            return _normed(*args, self.eps).astype(dtype)
+
+        if not (x.dtype == dtype == jnp.bfloat16):
+            return plain(x, scale, bias)
+        return jax.lax.platform_dependent(
+            x, scale, bias, tpu=lambda *args: _normed_by_products(*args, self.eps), default=plain
+        )
 
 
 def layer_norm(eps: float, dtype=None, name=None) -> LayerNorm:

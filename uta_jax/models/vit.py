@@ -15,7 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from uta_jax import mesh
-from uta_jax.models.attention import Attention, apart, rope_table, show
+from uta_jax.models.attention import Attention, Tokens, apart, each, rope_table, show
 from uta_jax.models.heads import TokenHead, dense, layer_norm
 from uta_jax.models.presets import TextSpec, VitSpec
 
@@ -42,7 +42,7 @@ ACTIVATIONS = {
 REMAT = {
     "none": None,
     "attn": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "names": jax.checkpoint_policies.save_only_these_names("qkv", "attn_out"),
+    "names": jax.checkpoint_policies.save_only_these_names("qkv", "attended"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -90,22 +90,23 @@ class Block(nn.Module):
     dtype: jnp.dtype
     causal: bool = False
 
-    def _scaled(self, y_bnd: Array, name: str) -> Array:
-        if not self.spec.layer_scale:
-            return y_bnd
-        init = nn.initializers.constant(1e-5)  # DINOv2's own for training from scratch
-        return y_bnd * self.param(name, init, (self.spec.width,)).astype(self.dtype)[None, None]
+    def _added(self, x_bnd: Tokens, y_bnd: Tokens, name: str) -> Tokens:
+        if self.spec.layer_scale:
+            init = nn.initializers.constant(1e-5)  # DINOv2's own for training from scratch
+            scale_d = self.param(name, init, (self.spec.width,)).astype(self.dtype)
+            y_bnd = each(lambda y: y * scale_d[None, None], y_bnd)
+        return each(jnp.add, x_bnd, y_bnd)
 
     @nn.compact
-    def __call__(self, x_bnd: Array, rope: tuple[Array, Array] | None) -> tuple[Array, None]:
+    def __call__(self, x_bnd: Tokens, rope: tuple[Array, Array] | None) -> tuple[Tokens, None]:
         spec, dtype = self.spec, self.dtype
         # Sub-LN undoes the scale of what enters it; the published init makes up for it.
         gain = math.sqrt(math.log(2 * spec.depth)) if spec.mlp_norm else 1.0
-        y = layer_norm(spec.ln_eps, dtype, "norm1")(x_bnd)
-        y = Attention(spec, dtype, gain, self.causal, name="attn")(y, rope)
-        x_bnd = x_bnd + self._scaled(checkpoint_name(y, "attn_out"), "layer_scale1")
-        y = layer_norm(spec.ln_eps, dtype, "norm2")(x_bnd)
-        x_bnd = x_bnd + self._scaled(Mlp(spec, dtype, gain, name="mlp")(y), "layer_scale2")
+        norm1, norm2 = (layer_norm(spec.ln_eps, dtype, name) for name in ("norm1", "norm2"))
+        y = Attention(spec, dtype, gain, self.causal, name="attn")(each(norm1, x_bnd), rope)
+        x_bnd = checkpoint_name(self._added(x_bnd, y, "layer_scale1"), "attended")
+        y = each(Mlp(spec, dtype, gain, name="mlp"), each(norm2, x_bnd))
+        x_bnd = self._added(x_bnd, y, "layer_scale2")
         show(self, "layers", lambda: x_bnd)
         return x_bnd, None
 
@@ -188,13 +189,15 @@ class Vit(nn.Module):
 
     ``spec`` says the architecture; ``dtype`` is that of activations and products, while parameters,
     LayerNorm statistics and softmax stay fp32; ``remat`` is a key of ``REMAT``;
-    ``unroll`` writes the blocks out, for XLA counts the operations of a loop's body once.
+    ``unroll`` writes the blocks out, for XLA counts the operations of a loop's body once;
+    ``split`` keeps CLS apart from the patches within the blocks (``attention.attend_apart``).
     """
 
     spec: VitSpec
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     unroll: bool = False
+    split: bool = False
 
     def setup(self):
         spec = self.spec
@@ -244,8 +247,10 @@ class Vit(nn.Module):
         x_bkd, rope = self._embed(image_bhwc, keep_bk, blank)
         if self.spec.embed_norm:
             x_bkd = self.embed_norm(x_bkd)
-        x_bkd, _ = self.blocks(x_bkd, rope)
-        return x_bkd
+        if not self.split:
+            return self.blocks(x_bkd, rope)[0]
+        rope = rope and tuple(table[:, 1:] for table in rope)  # CLS is not turned
+        return jnp.concatenate(self.blocks((x_bkd[:, :1], x_bkd[:, 1:]), rope)[0], axis=1)
 
     def project(self, tokens_bkd: Array) -> Array:
         """Final norm and projection of any tokens: [b, k, d] -> [b, k, e]."""
