@@ -109,9 +109,9 @@ def rectangles(u_bu: Array, grid: int, area: int, min_block: int) -> Array:
     """BEiT's draw from uniform numbers [b, 4 * rounds]: bool [b, g, g], up to ``area`` covered."""
 
     def draw(u_u: Array) -> Array:
-        (covered, _), _ = jax.lax.scan(
-            lambda carry, u_4: (_try_rectangle(u_4, *carry, area, min_block), None),
-            (jnp.zeros((grid, grid), bool), jnp.int32(0)),
+        (covered, *_), _ = jax.lax.scan(
+            lambda carry, u_4: (_try_rectangle(u_4, *carry, min_block), None),
+            (jnp.zeros((grid, grid), bool), jnp.int32(area), jnp.int32(0)),
             u_u.reshape(-1, 4),
         )
         return covered
@@ -119,11 +119,10 @@ def rectangles(u_bu: Array, grid: int, area: int, min_block: int) -> Array:
     return jax.vmap(draw)(u_bu)
 
 
-def _try_rectangle(u_4, covered, failures, area, min_block):
+def _try_rectangle(u_4, covered, missing, failures, min_block):
     """Cover one more rectangle if it adds between 1 and the missing number of cells."""
     grid = covered.shape[0]
     u_area, u_aspect, u_top, u_left = u_4
-    missing = area - covered.sum()
     size = min_block + u_area * (missing - min_block)
     aspect = jnp.exp((2 * u_aspect - 1) * _LOG_ASPECT)
     height, width = jnp.round(jnp.sqrt(size * aspect)), jnp.round(jnp.sqrt(size / aspect))
@@ -131,7 +130,8 @@ def _try_rectangle(u_4, covered, failures, area, min_block):
     cell = jnp.arange(grid, dtype=jnp.float32)
     rows, columns = (cell >= top) & (cell < top + height), (cell >= left) & (cell < left + width)
     grown = covered | (rows[:, None] & columns[None, :])
-    gain = grown.sum() - covered.sum()
+    gain = (grown & ~covered).sum()
     fits = (height < grid) & (width < grid) & (gain > 0) & (gain <= missing) & (failures < _TRIES)
     # Once ten tries have failed, ``fits`` stays false and the count only grows.
-    return jnp.where(fits, grown, covered), jnp.where(fits, 0, failures + 1)
+    covered, missing = jnp.where(fits, grown, covered), jnp.where(fits, missing - gain, missing)
+    return covered, missing, jnp.where(fits, 0, failures + 1)
