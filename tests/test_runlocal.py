@@ -9,6 +9,7 @@ from uta_jax.__main__ import main
 from uta_jax.config import check, default_config, leaves, make_recipe
 from uta_jax.config_files import load_config, read_config
 from uta_jax.evals import is_scored
+from uta_jax.masking import keep_count
 from uta_jax.models.presets import CLIP, VIT
 from uta_jax.objectives import OBJECTIVES
 from uta_jax.runlocal import BATCH, STEPS, shrink
@@ -51,7 +52,18 @@ def test_recipes_that_are_not_trained_are_those_of_another_when_shrunk():
     shrunk = {path.stem: leaves(read_config(str(path), [SWITCH])) for path in RECIPES}
     for name in ("uta_b16", "uta_l14"):
         differ = {k for k, value in shrunk[name].items() if value != shrunk["uta_g14"][k]}
+        differ -= {"mask.ratio"}  # of the little grid it keeps as many patches
         assert all(key.startswith("optim.") for key in differ), differ
+    assert (
+        len(
+            {
+                keep_count(64, recipe["mask.ratio"])
+                for name, recipe in shrunk.items()
+                if name.startswith("uta_")
+            }
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("preset", sorted(VIT))
