@@ -38,7 +38,7 @@ ACTIVATIONS = {
 
 # What the backward pass keeps of each block beside its input: everything; the results of the linear
 # maps (attention's scores, norms and activations are computed again); of attention what enters it
-# and its output; or nothing.
+# and the tokens after it; or nothing.
 REMAT = {
     "none": None,
     "attn": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
