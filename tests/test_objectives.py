@@ -19,7 +19,7 @@ from uta_jax.objectives import (
     cosine,
     run_teacher,
     uta,
-)  # fmt: skip
+)
 
 VISION = replace(presets.VIT["tiny_clip"], width=32, heads=2, mlp_hidden=48, depth=2, out_dim=16)
 TEXT = presets.TextSpec(8, 64, 16, 1, 2, 32, 16)

@@ -20,6 +20,7 @@ from uta_jax import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+HEADS = ("tensor", "fsdp")  # of attention, where they divide
 
 # Path of a parameter -> its layout; the first match counts and every parameter must match. The same
 # rows lay out gradients, moments, EMA and the teacher, whose paths end alike. Of several layouts,
@@ -27,7 +28,6 @@ BATCH = ("data", "fsdp")
 # chips, which hidden sizes such as 2730 do not. Of attention's kernels it shards the heads where
 # they divide: gathered along the width, the TPU compiler turns each kernel over on v5p, which by
 # its estimate takes 5 % of a UTA-g/14 step.
-HEADS = ("tensor", "fsdp")
 LAYOUT: tuple[tuple[str, P | list[P]], ...] = (
     (  # [L, d, heads, head_dim]
         r"blocks/attn/[qkv]/kernel$",
