@@ -64,13 +64,15 @@ def test_visible_tokens_only(params, golden, image_bhwc):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 def test_hidden_tokens(params, golden, image_bhwc, compiled):
     """Values reach 22: fp32 agrees within 2e-5 only where the patch embedding adds in the same
-    order (the reference itself is 1.85e-5 off what float64 gives)."""
+    order (the reference itself is 1.85e-5 off what float64 gives), and where the CPU has wider
+    vectors than the reference's (AVX-512), one of 3,264 values is 2.4e-5 off."""
 
     def encode(image_bhwc):
         return Vit(SPEC.vision).apply({"params": params["vision"]}, image_bhwc, method="encode")
 
     tokens = (jax.jit(encode) if compiled else encode)(image_bhwc)
-    np.testing.assert_allclose(tokens, golden["last_hidden_all"], rtol=0, atol=2e-5)
+    error = np.abs(tokens - golden["last_hidden_all"])
+    assert error.max() < 3e-5 and (error > 2e-5).mean() < 1e-3
 
 
 def test_hidden_tokens_in_float64(params, golden, image_bhwc):

@@ -206,7 +206,8 @@ def read_whole(path: str | bytes) -> bytes:
 def unreadable(path: str | bytes, error: Exception) -> str:
     """What to say of a file that cannot be read."""
     reason = getattr(error, "strerror", "") or str(error) or type(error).__name__
-    few = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+    # Libraries of other languages give the words alone.
+    few = any(os.strerror(number) in reason for number in (errno.EMFILE, errno.ENFILE))
     hint = "; raise the limit (ulimit -n)" if few else ""
     return f"{shown(path)}: cannot be read ({printable(reason)}){hint}"
 
