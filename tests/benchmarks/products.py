@@ -1,10 +1,11 @@
 """What a CPU step owes to its matrix products: the most that could be won against PyTorch.
 
-    python tests/benchmarks/products.py [--sizes demo,demo_clip,vit_b16] [--rounds 7] [--each]
+    python tests/benchmarks/products.py [--sizes demo,demo_clip,vit_b16] [--dtype float32]
+        [--rounds 7] [--each]
 
 All matrix products of one update, each as often as the update runs it, are timed alone, by XLA and
 by PyTorch (MKL or oneDNN) on the same shapes, in turns; so are the two whole steps of ``step.py``.
-fp32, one thread, processor time: the fastest of the rounds. ``rest``: the step less its products -
+One thread, processor time: the fastest of the rounds. ``rest``: the step less its products -
 norms, softmax, activations, copies, the update. ``best ratio``: images/s of ours over PyTorch's if
 our rest took no time at all.
 """
@@ -68,28 +69,29 @@ def fastest(calls: dict, rounds: int) -> dict[str, float]:
     return {name: min(times[1:]) for name, times in found.items()}
 
 
-def both(a: tuple, b: tuple, how: str) -> dict:
-    """The same product by XLA and by PyTorch."""
+def both(a: tuple, b: tuple, how: str, dtype: str) -> dict:
+    """The same product by XLA and by PyTorch, of ``dtype`` and to ``dtype``."""
     rng = np.random.default_rng(0)
     x, y = (rng.standard_normal(shape, np.float32) for shape in (a, b))
-    ours = jax.jit(partial(jax.numpy.einsum, how)).lower(x, y).compile()
-    jx, jy, tx, ty = jax.device_put(x), jax.device_put(y), torch.tensor(x), torch.tensor(y)
+    jx, jy = (jax.numpy.asarray(array, dtype) for array in (x, y))
+    tx, ty = (torch.tensor(array).to(getattr(torch, dtype)) for array in (x, y))
+    ours = jax.jit(partial(jax.numpy.einsum, how)).lower(jx, jy).compile()
     return {
         "ours": lambda: jax.block_until_ready(ours(jx, jy)),
         "torch": lambda: torch.einsum(how, tx, ty),
     }
 
 
-def benchmark(size: str, rounds: int, each: bool) -> None:
+def benchmark(size: str, dtype: str, rounds: int, each: bool) -> None:
     """Print the figures of one size; ``each``: of every product as well."""
-    recipe, batch = step.make_recipe(size, "float32")
+    recipe, batch = step.make_recipe(size, dtype)
     found = products_of(recipe, batch)
     alone, operations, lines = Counter(), 0, []
     for (a, b, how), times in tqdm(found.items(), desc=f"{size}: products", leave=False):
         left, right = how.split("->")[0].split(",")
         extent = dict(zip(left + right, a + b, strict=True))
         one = 2 * math.prod(extent.values())
-        seconds = fastest(both(a, b, how), rounds)
+        seconds = fastest(both(a, b, how, dtype), rounds)
         operations += times * one
         alone.update({name: times * x for name, x in seconds.items()})
         rate = "".join(f"  {name} {one / x / 1e9:4.0f} GFLOP/s" for name, x in seconds.items())
@@ -104,7 +106,10 @@ def benchmark(size: str, rounds: int, each: bool) -> None:
     image_bhwc = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
     calls = {"ours": partial(ours, image_bhwc), "torch": partial(theirs, image_bhwc)}
     whole = fastest(calls, rounds)
-    print(f"{size}: {operations / 1e9:.1f} GFLOP in {sum(found.values())} products, {batch} images")
+    print(
+        f"{size}, {dtype}: {operations / 1e9:.1f} GFLOP in {sum(found.values())} products, "
+        f"{batch} images"
+    )
     for name in calls:
         print(
             f"  {name:5s}  step {1e3 * whole[name]:6.0f} ms   products alone "
@@ -122,13 +127,14 @@ def main() -> None:
     """See the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default=",".join(step.SIZES))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--each", action="store_true", help="the rate of every product, too")
     args = parser.parse_args()
     processes.settle()
     torch.set_num_threads(1)
     for size in args.sizes.split(","):
-        benchmark(size, args.rounds, args.each)
+        benchmark(size, args.dtype, args.rounds, args.each)
 
 
 if __name__ == "__main__":
