@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from uta_jax.models import heads, presets
 from uta_jax.models.attention import rope_table
 from uta_jax.models.text import TextTower, init_text
-from uta_jax.models.vit import REMAT, Vit, init_vit, patchify
+from uta_jax.models.vit import REMAT, Vit, _gelu_by_tanh, gelu, init_vit, patchify
 
 # One of each family, small: CLIP's traits and those of the released UTA students.
 SPECS = {
@@ -50,7 +51,7 @@ def test_keeping_every_patch_is_the_whole_image(spec):
     all_bk = jnp.broadcast_to(jnp.arange(64, dtype=jnp.int32), (3, 64))
     whole = Vit(spec).apply({"params": params}, _images())
     np.testing.assert_allclose(
-        Vit(spec).apply({"params": params}, _images(), all_bk), whole, atol=1e-6
+        Vit(spec).apply({"params": params}, _images(), all_bk), whole, atol=1e-5
     )
 
 
@@ -68,9 +69,32 @@ def test_order_of_the_kept_patches_only_orders_the_output(spec):
 def test_cls_apart_from_the_patches_is_the_same_tower(spec):
     params = init_vit(spec, jax.random.key(1))
     whole, apart = (Vit(spec, split=s).apply({"params": params}, _images()) for s in (False, True))
-    np.testing.assert_allclose(apart, whole, atol=2e-6)
+    np.testing.assert_allclose(apart, whole, atol=1e-5)
     kept = (Vit(spec, split=s).apply({"params": params}, _images(), _keep()) for s in (False, True))
-    np.testing.assert_allclose(*kept, atol=2e-6)
+    np.testing.assert_allclose(*kept, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_groups_of_images_one_after_the_other_are_the_same_tower(spec, split):
+    params = init_vit(spec, jax.random.key(1))
+    images = _images(6)
+    whole = Vit(spec).apply({"params": params}, images)
+    assert np.ptp(np.asarray(whole), axis=0).max() > 1e-3  # images differ: their order shows
+    for groups in (2, 3):
+        grouped = Vit(spec, split=split, groups=groups).apply({"params": params}, images)
+        np.testing.assert_allclose(grouped, whole, atol=1e-5)
+
+
+def test_gelu_by_tanh_over_all_of_bfloat16():
+    x = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    x = x[np.isfinite(x.astype(np.float32))]
+    x32 = x.astype(np.float32)
+    exact = np.asarray(gelu(jnp.asarray(x32)))
+    in_fp32 = np.asarray(_gelu_by_tanh(jnp.asarray(x32)))
+    assert 2e-5 < np.abs(in_fp32 - exact).max() < 2.6e-5
+    rounded = np.asarray(_gelu_by_tanh(jnp.asarray(x)).astype(jnp.float32))
+    np.testing.assert_allclose(rounded, exact, rtol=2**-8, atol=2.6e-5)
 
 
 def test_a_norm_by_products_is_the_norm():

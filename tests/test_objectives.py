@@ -1,5 +1,6 @@
 """What the losses are, and what they must not see."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uta_jax import masking
+from uta_jax import masking, mesh
 from uta_jax.models import presets
 from uta_jax.models.vit import init_vit
 from uta_jax.objectives import (
+    GROUP_BYTES,
     OBJECTIVES,
     Task,
+    _groups,
     alignment_loss,
     contrastive,
     cosine,
@@ -73,6 +76,45 @@ def test_on_a_tpu_a_teacher_whose_patches_fill_tiles_runs_with_cls_apart(grid, s
         apart = f"x{grid**2}x{grid**2}xf32>" in hlo  # attention among the patches alone
         assert apart == (split and platform == "tpu")
         assert (f"x{grid**2 + 1}x{grid**2 + 1}xf32>" in hlo) != apart
+
+
+@pytest.mark.parametrize(
+    ("kind", "images", "split", "groups"),
+    [
+        ("TPU v5 lite", 64, False, 4),
+        ("TPU v6 lite", 32, False, 2),
+        ("TPU v6 lite", 32, True, 1),
+        ("TPU v5 lite", 32, True, 2),
+        ("TPU v5", 64, False, 2),
+        ("TPU v5", 64, True, 1),
+        ("TPU v5 lite", 16, False, 1),  # they fit as they are
+        ("TPU v5 lite", 61, False, 1),  # they do not divide
+        ("TPU v5 lite", 512, False, 1),  # too many groups
+        ("TPU v4", 64, False, 1),
+        ("cpu", 64, False, 1),
+        ("", 64, False, 1),
+    ],
+)
+def test_groups_in_which_a_teacher_takes_the_images(kind, images, split, groups, monkeypatch):
+    monkeypatch.setattr(mesh, "device_kind", lambda: kind)
+    monkeypatch.setattr(mesh, "batch_parts", lambda: 16)
+    spec = presets.resized(presets.CLIP["eva01_g14_plus"].vision, 196)
+    assert _groups(spec, 16 * images, split) == groups
+
+
+@pytest.mark.parametrize("grid", [16, 8])
+def test_on_a_tpu_a_teacher_takes_the_images_in_groups(grid, monkeypatch):
+    teacher = presets.with_vision(CLIP, presets.resized(VISION, 8 * grid))
+    task, batch = _task(teacher=teacher), _batch(6)["image"]
+    frozen = {"vision": init_vit(teacher.vision, jax.random.key(0))}
+    monkeypatch.setattr(mesh, "device_kind", lambda: "TPU v5 lite")
+    two_images = 2 * 2 * (grid**2 + 1) * VISION.mlp_hidden
+    monkeypatch.setitem(GROUP_BYTES, ("TPU v5 lite", grid == 16), two_images)
+    traced = jax.jit(partial(run_teacher, task=task)).trace(frozen, batch)
+    for platform, images in (("tpu", 2), ("cpu", 6)):
+        hlo = traced.lower(lowering_platforms=(platform,)).as_text()
+        found = re.findall(rf"(\d+)x{VISION.heads}x(\d+)x(\d+)xf32>", hlo)
+        assert {int(b) for b, q, k in found if q == k} == {images}  # in one attention
 
 
 def test_a_masked_out_patch_changes_the_loss_only_through_the_teacher():

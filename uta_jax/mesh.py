@@ -147,6 +147,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH))
 
 
+def batch_parts() -> int:
+    """Into how many the batch is split by the mesh that is set; 1 where there is none."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in BATCH)
+
+
+def device_kind() -> str:
+    """Of the mesh that is set, as ``TPU v5 lite``; "" where there is none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else ""
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, P())

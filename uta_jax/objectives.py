@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from uta_jax import masking
+from uta_jax import masking, mesh
 from uta_jax.data.transforms import to_input
 from uta_jax.models.heads import LayerHeads
 from uta_jax.models.presets import ClipSpec, TextSpec, VitSpec, with_vision
@@ -24,6 +24,15 @@ from uta_jax.models.vit import Seen, Vit, encode_seen, gather_tokens, init_vit
 
 MAX_LOG_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5
 DECODER = "decoder"  # the parameters that train with the towers and end with the training
+# (kind of TPU, CLS apart) -> bytes between the two products of a teacher's MLP, of a group of images:
+# where groups make the step shorter by the compiler's estimate.
+GROUP_BYTES = {
+    ("TPU v5 lite", False): 52 * 2**20,
+    ("TPU v5 lite", True): 52 * 2**20,
+    ("TPU v5", False): 80 * 2**20,
+    ("TPU v6 lite", False): 52 * 2**20,
+}
+MAX_GROUPS = 8  # each is compiled
 LAYER_TARGETS = 5  # the last layers of the teacher that MaskAlign predicts (``top5``)
 
 
@@ -105,11 +114,25 @@ def run_teacher(
     spec, vit = task.teacher, task.teacher_vit()
     image_bhwc = to_input(image_bhwc, spec.mean, spec.std, spec.vision.image_size, vit.dtype)
     look = partial(encode_seen, layers=layers, attention=attention)
-    whole, split = partial(look, vit), partial(look, vit.clone(split=True))
-    if layers or attention or not spec.vision.cls or spec.vision.tokens % 128:
-        split = whole  # patches that do not fill a TPU's tiles gain nothing
-    seen = jax.lax.platform_dependent(frozen["vision"], image_bhwc, tpu=split, default=whole)
+    on_tpu = vit
+    if not (layers or attention):
+        # Patches that do not fill a TPU's tiles gain nothing from being without CLS.
+        split = spec.vision.cls and spec.vision.tokens % 128 == 0
+        groups = _groups(spec.vision, len(image_bhwc), split)
+        on_tpu = vit.clone(split=split, groups=groups)
+    seen = jax.lax.platform_dependent(
+        frozen["vision"], image_bhwc, tpu=partial(look, on_tpu), default=partial(look, vit)
+    )
     return jax.lax.stop_gradient(seen)
+
+
+def _groups(spec: VitSpec, batch: int, split: bool) -> int:
+    """The fewest groups of a device's images that ``GROUP_BYTES`` allows; 1 where none does."""
+    images = batch // mesh.batch_parts()
+    hidden_bytes = 2 * (spec.tokens + spec.cls) * spec.mlp_hidden
+    most = GROUP_BYTES.get((mesh.device_kind(), split), 0) // hidden_bytes
+    allowed = (g for g in range(1, MAX_GROUPS + 1) if images % g == 0 and images // g <= most)
+    return next(allowed, 1)
 
 
 def draw_mask(

@@ -1,5 +1,6 @@
 """Multi-head self-attention, with rotary positions where a tower has them."""
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -55,6 +56,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
     gain: float
     causal: bool = False
+    stored: bool = False  # on TPU, what is attended to, before it is projected
 
     @nn.compact
     def __call__(
@@ -78,6 +80,8 @@ class Attention(nn.Module):
             x_bnhd = attend_apart(q, k, v)
         else:
             x_bnhd = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        if self.stored:
+            x_bnhd = apart(x_bnhd)
         if self.spec.attn_norm:
             norm = layer_norm(self.spec.ln_eps, self.dtype, "norm")
             x_bnhd = each(lambda x: norm(x.reshape(*x.shape[:2], width)).reshape(x.shape), x_bnhd)
@@ -151,3 +155,18 @@ def apart(x):
     15 % longer on v5p.
     """
     return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+def one_by_one(function: Callable, groups: list) -> list:
+    """``function`` of each; on TPU, none is begun before the last is done.
+
+    So what a block computes of a few images stays in the memory beside the vector units. By the
+    compiler's estimate 64 images at 196 px take EVA01-g, 16 at a time, 9 % less on v5e and 16 % on
+    v6e.
+    """
+    done = []
+    for group in groups:
+        if done:
+            done[-1], group = apart((done[-1], group))
+        done.append(function(group))
+    return done
