@@ -17,9 +17,9 @@ from uta_jax import UserError, chips, fitting, flops, hlo, objectives, plan
 from uta_jax.__main__ import main
 from uta_jax.config import default_config
 from uta_jax.masking import Mask
-from uta_jax.mesh import make_mesh
+from uta_jax.mesh import batch_sharding, make_mesh, shardings
 from uta_jax.models.presets import CLIP, VIT
-from uta_jax.models.vit import Seen
+from uta_jax.models.vit import Seen, Vit, init_vit
 from uta_jax.objectives import Task
 from uta_jax.optimizer import AdamW
 from uta_jax.step import Recipe, train_step
@@ -143,6 +143,23 @@ def test_the_teacher_adds_its_parameters_and_one_layer_of_activations(monkeypatc
     print(with_teacher, without, teacher, layer)
     assert with_teacher == pytest.approx(without + teacher + layer, rel=0.1)
     assert teacher > 0.3 * with_teacher  # that is what a gradient would add
+
+
+def test_groups_of_images_move_nothing_between_devices():
+    """Every device splits what it has, and gathers the parameters of a layer once for all."""
+    spec, mesh = replace(TINY.vision, depth=3), make_mesh(data=2, fsdp=4, devices=jax.devices()[:8])
+    shapes = jax.eval_shape(partial(init_vit, spec), jax.random.key(0))
+    params = plan._placed(shapes, shardings(mesh, shapes))
+    images = jax.ShapeDtypeStruct((32, 64, 64, 3), jnp.float32, sharding=batch_sharding(mesh))
+    found = {}
+    for groups in (1, 4):
+        run = partial(Vit(spec, groups=groups).apply, method="encode")
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(run).lower({"params": params}, images).compile()
+        found[groups] = hlo.read(compiled.as_text()).collectives
+        whole = (32, 1 + spec.tokens, spec.width)
+        assert compiled.output_shardings.shard_shape(whole)[0] == 4
+    assert found[1] == found[4] and set(found[1]) == {"all-gather"}
 
 
 def test_the_most_that_fits_is_found_by_few_compilations():

@@ -24,7 +24,7 @@ from uta_jax.models.vit import Seen, Vit, encode_seen, gather_tokens, init_vit
 
 MAX_LOG_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5
 DECODER = "decoder"  # the parameters that train with the towers and end with the training
-# (kind of TPU, CLS apart) -> bytes between the two products of a teacher's MLP, of a group of images:
+# (kind of TPU, CLS apart) -> bytes of a group of images between the products of a teacher's MLP;
 # where groups make the step shorter by the compiler's estimate.
 GROUP_BYTES = {
     ("TPU v5 lite", False): 52 * 2**20,
