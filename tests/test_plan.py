@@ -211,6 +211,16 @@ def test_the_command(tmp_path, capsys):
     assert "GB per chip" in capsys.readouterr().out
 
 
+def test_the_peak_of_a_tpu_is_what_its_compiler_says():
+    """800 images a chip of UTA-B/16 have 19.5 GB of temporaries, and fit 16.9 GB of a v5e."""
+    memory = SimpleNamespace(
+        argument_size_in_bytes=3, temp_size_in_bytes=20, peak_memory_in_bytes=15
+    )
+    assert plan._peak_bytes(memory, chips.TPUS["v5e"]) == 15
+    assert plan._peak_bytes(memory, chips.GPUS["h100"]) == 23
+    assert plan._peak_bytes(memory, None) == 23
+
+
 def test_a_tpu_slice_that_is_not_here(tmp_path):
     """The TPU compiler's own figures for the demo's step, in a process of its own."""
     pytest.importorskip("libtpu")
@@ -223,6 +233,9 @@ def test_a_tpu_slice_that_is_not_here(tmp_path):
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert figures["cycles"] > 0 and 0 < figures["mfu"] < 1
     assert figures["collectives"]["all-gather"] > 0
+    held = ("params_bytes", "moments_bytes", "ema_bytes", "teacher_bytes", "activations_bytes")
+    assert figures["peak_bytes"] == sum(figures[name] for name in held)
+    assert figures["activations_bytes"] > 0
     assert done.stderr == ""  # the library's own noise would drown a mistake
 
 

@@ -163,8 +163,7 @@ def compile_plan(recipe: Recipe, mesh: Mesh, topology: str, batch: int, price: f
         compiled = _compile(compile_step(recipe, mesh, arguments[1]).lower(*arguments))
     seconds = time.perf_counter() - start
     program, memory = _program(compiled), compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    peak = max(getattr(memory, "peak_memory_in_bytes", 0), held)
+    peak = _peak_bytes(memory, chip)
     if chip and not chip.clock and peak > chip.memory:  # a TPU's compiler has refused by itself
         raise DoesNotFit(peak, chip.memory)
     parts = held_bytes(arguments)
@@ -186,6 +185,17 @@ def compile_plan(recipe: Recipe, mesh: Mesh, topology: str, batch: int, price: f
         money=hours * mesh.devices.size * price,
         compile_seconds=seconds,
     )  # fmt: skip
+
+
+def _peak_bytes(memory, chip: chips.Chip | None) -> int:
+    """The most that is held at once, by ``compiled.memory_analysis()``.
+
+    A TPU's compiler tells it, and its temporaries may add up to more than the chip has. Of other
+    compilers: the arguments and all temporaries.
+    """
+    if chip and chip.clock:
+        return memory.peak_memory_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
 def _program(compiled) -> hlo.Program:
